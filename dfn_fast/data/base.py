@@ -1,0 +1,88 @@
+"""What a data set is: named classes, a palette, and pairs of image and label files (or scenes made on the spot)."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from dfn_fast.data.files import read_image, read_label
+from dfn_fast.errors import DataError
+
+IGNORE = 255
+
+
+class Sample(NamedTuple):
+    """One image of a data set."""
+
+    image: np.ndarray  # [H, W, 3] RGB uint8
+    label: np.ndarray  # [H, W] uint8: class ids, 255 = ignore
+    name: str  # unique in its split, without folder-breaking characters other than "/": names outputs and errors
+
+
+class Pair(NamedTuple):
+    """The files of one sample."""
+
+    image: Path
+    label: Path
+    name: str
+
+
+class SegmentationDataset:
+    """A split of a data set: ``dataset[i]`` is a :class:`Sample`.
+
+    Subclasses set ``classes`` (names) and ``palette`` (``[K, 3]`` RGB uint8) and pass their pairs; one whose label
+    files do not hold class ids overrides :meth:`class_ids`.
+    """
+
+    name: str = ""
+    classes: tuple[str, ...] = ()
+    palette: np.ndarray = np.zeros((0, 3), np.uint8)
+
+    def __init__(self, pairs: list[Pair], split: str, where: str | Path):
+        self.pairs, self.split, self.where = pairs, split, where
+        if not pairs:
+            raise DataError(f"{where}: split {split!r} of data set {self.name!r} has no images")
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def names(self) -> list[str]:
+        """The samples' names in order, without reading a file."""
+        return [pair.name for pair in self.pairs]
+
+    def class_ids(self, raw: np.ndarray, path: Path) -> np.ndarray:
+        """The label file's values as class ids and 255; the default takes them as they are."""
+        return raw
+
+    def __getitem__(self, index: int) -> Sample:
+        pair = self.pairs[index]
+        image = read_image(pair.image)
+        label = self.class_ids(read_label(pair.label), pair.label)
+        self.check_sample(image, label, pair)
+        return Sample(image, label, pair.name)
+
+    def check_sample(self, image: np.ndarray, label: np.ndarray, pair: Pair) -> None:
+        """Raises :class:`DataError` where sizes differ or the label holds a value that is no class."""
+        if image.shape[:2] != label.shape:
+            raise DataError(
+                f"{pair.label}: expected a label of the image's size {image.shape[1]}x{image.shape[0]} "
+                f"({pair.image}), got {label.shape[1]}x{label.shape[0]}"
+            )
+        used = np.flatnonzero(np.bincount(label.ravel(), minlength=256))
+        wrong = [int(v) for v in used if v >= self.num_classes and v != IGNORE]
+        if wrong:
+            raise DataError(
+                f"{pair.label}: label values {wrong[:5]} are no class of {self.name!r}: expected "
+                f"0..{self.num_classes - 1}, or {IGNORE} for pixels to ignore"
+            )
+
+
+def require_folder(path: Path, what: str, remedy: str) -> Path:
+    """``path``, or a :class:`DataError` that says what is missing there and how to get it."""
+    if not path.is_dir():
+        raise DataError(f"{path}: {what} is not there. {remedy}")
+    return path

@@ -1,0 +1,102 @@
+"""The losses of DFN (Yu et al., CVPR 2018, section 3.3), on full-size scores and in plain PyTorch.
+
+Each is a mean over the valid pixels of the batch, those whose label is not ``ignore_index``; a batch without a valid
+pixel gives 0, with zero gradients. Arithmetic is float32 or better whatever the dtype of the scores.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Criterion = Callable[[Tensor, Tensor], Tensor]
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def mean_over(loss: Tensor, valid: Tensor) -> Tensor:
+    """Mean of ``loss`` where ``valid``; 0 where nothing is."""
+    return loss.sum() / valid.sum().clamp(min=1)
+
+
+def cross_entropy(scores: Tensor, labels: Tensor, ignore_index: int = 255) -> Tensor:
+    """Softmax cross entropy. ``scores`` ``[B, K, H, W]``, ``labels`` ``[B, H, W]`` of any integer dtype -> scalar."""
+    loss = F.cross_entropy(at_least_float32(scores), labels.long(), ignore_index=ignore_index, reduction="none")
+    return mean_over(loss, labels != ignore_index)
+
+
+def focal_loss(
+    logits: Tensor, targets: Tensor, *, alpha: float = 0.25, gamma: float = 2.0, ignore_index: int = 255
+) -> Tensor:
+    """Sigmoid focal loss, eq. 4 (RetinaNet's formula): ``-alpha_t (1 - p_t)^gamma log(p_t)``.
+
+    ``p_t`` is the probability of the true side, ``alpha_t`` is ``alpha`` on borders and ``1 - alpha`` elsewhere.
+    Computed from logits (``log p_t = logsigmoid(+-logit)``), so it is finite for every finite logit, in half
+    precision too. ``logits`` ``[B, 1, H, W]``, ``targets`` ``[B, H, W]`` in {0, 1, ignore_index} -> scalar.
+    """
+    valid = targets != ignore_index
+    border = targets == 1
+    signed = at_least_float32(logits.squeeze(1)) * torch.where(border, 1.0, -1.0)  # logit of the true side
+    alpha_t = torch.where(border, alpha, 1.0 - alpha)
+    loss = -alpha_t * torch.sigmoid(-signed) ** gamma * F.logsigmoid(signed)
+    return mean_over(loss * valid, valid)
+
+
+def torchseg_focal_loss(
+    logits: Tensor, targets: Tensor, *, alpha: float = 0.25, gamma: float = 2.0, ignore_index: int = 255
+) -> Tensor:
+    """The loss that TorchSeg's published DFN was trained with: for comparison with it only.
+
+    It puts the probability where the formula wants the logit, so its value is never positive and its minimum lies at
+    "border everywhere". With ``p = sigmoid(logit)`` and ``t`` the target it is the mean over *all* pixels, ignored
+    ones counting 0, of ``-(alpha (1-p)^gamma (p - p t) + (1-alpha) p^gamma log(1 + exp(-p)))``.
+    """
+    valid = targets != ignore_index
+    p = torch.sigmoid(at_least_float32(logits.squeeze(1)))
+    target = (targets == 1).to(p.dtype)
+    positive = (1 - p) ** gamma * (p - p * target)
+    negative = p**gamma * torch.log1p(torch.exp(-p))
+    return (-(alpha * positive + (1 - alpha) * negative) * valid).mean()
+
+
+class CrossEntropyLoss(nn.Module):
+    """:func:`cross_entropy` as a criterion."""
+
+    def __init__(self, ignore_index: int = 255):
+        super().__init__()
+        self.ignore_index = ignore_index
+
+    def forward(self, scores: Tensor, labels: Tensor) -> Tensor:
+        return cross_entropy(scores, labels, self.ignore_index)
+
+
+class SigmoidFocalLoss(nn.Module):
+    """:func:`focal_loss` as a criterion; with ``torchseg=True``, :func:`torchseg_focal_loss`."""
+
+    def __init__(self, alpha: float = 0.25, gamma: float = 2.0, ignore_index: int = 255, torchseg: bool = False):
+        super().__init__()
+        self.alpha, self.gamma, self.ignore_index = alpha, gamma, ignore_index
+        self.formula = torchseg_focal_loss if torchseg else focal_loss
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return self.formula(logits, targets, alpha=self.alpha, gamma=self.gamma, ignore_index=self.ignore_index)
+
+
+def dfn_loss(
+    smooth_scores: Sequence[Tensor],
+    border_scores: Sequence[Tensor],
+    labels: Tensor,
+    border_targets: Tensor,
+    criterion: Criterion,
+    aux_criterion: Criterion,
+    border_weight: float,
+) -> Tensor:
+    """Eq. 7: ``sum of criterion(smooth score) + border_weight * sum of aux_criterion(border score)``."""
+    loss = torch.stack([criterion(score, labels) for score in smooth_scores]).sum()
+    if border_scores and border_weight:
+        borders = torch.stack([aux_criterion(score, border_targets) for score in border_scores]).sum()
+        loss = loss + border_weight * borders
+    return loss

@@ -1,0 +1,242 @@
+"""DFN in plain PyTorch, to be read beside the paper (Yu et al., CVPR 2018): the oracle of every parity test.
+
+Sections and equations are the paper's. Every resize is bilinear with ``align_corners=True``, to the size of the
+feature that it meets. Parameter names are those of the published checkpoints.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dfn_fast.backbone import NormLayer, ResNet, initialise
+from dfn_fast.losses import Criterion, CrossEntropyLoss, SigmoidFocalLoss, dfn_loss
+
+MIN_SIZE = 32
+
+
+class Scores(NamedTuple):
+    """Scores at the image's size: ``smooth`` ``[B, K, H, W]`` from stride 32 to stride 4, the last being the
+    segmentation; ``border`` ``[B, 1, H, W]`` from the lowest stage to the highest, the last having seen them all."""
+
+    smooth: list[Tensor]
+    border: list[Tensor]
+
+
+def resize(x: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=True)
+
+
+class ConvBnRelu(nn.Module):
+    """Convolution without bias, norm layer, ReLU."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int, norm_layer: NormLayer):
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel, 1, kernel // 2, bias=False)
+        self.bn = norm_layer(out_channels)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.bn(self.conv(x)))
+
+
+class RefinementResidualBlock(nn.Module):
+    """RRB, section 3.1 and figure 2(b): a 1x1 convolution sets the channels, a residual block refines."""
+
+    def __init__(self, in_channels: int, out_channels: int, norm_layer: NormLayer, last_relu: bool = True):
+        super().__init__()
+        self.conv_1x1 = nn.Conv2d(in_channels, out_channels, 1, bias=False)
+        self.cbr = ConvBnRelu(out_channels, out_channels, 3, norm_layer)
+        self.conv_refine = nn.Conv2d(out_channels, out_channels, 3, 1, 1, bias=False)
+        self.last_relu = last_relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_1x1(x)
+        x = self.conv_refine(self.cbr(x)) + x
+        return F.relu(x) if self.last_relu else x
+
+
+class SqueezeGate(nn.Module):
+    """The gate of a CAB: two linear layers and a sigmoid, ``[B, 2C] -> [B, C]``."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.fc = nn.Sequential(
+            nn.Linear(2 * channels, channels), nn.ReLU(inplace=True), nn.Linear(channels, channels), nn.Sigmoid()
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x)
+
+
+class ChannelAttentionBlock(nn.Module):
+    """CAB, section 3.1, eq. 3 and figure 2(c): the higher stage chooses channels of the lower one."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.channel_attention = SqueezeGate(channels)
+
+    def forward(self, low: Tensor, high: Tensor) -> Tensor:
+        gate = self.channel_attention(torch.cat([low, high], dim=1).mean((2, 3)))
+        return low * gate[:, :, None, None] + high
+
+
+class Head(nn.Module):
+    """Scores at the image's size: an RRB to nine times the score's channels, a 1x1 convolution, a resize."""
+
+    def __init__(self, in_channels: int, scores: int, norm_layer: NormLayer):
+        super().__init__()
+        self.rrb = RefinementResidualBlock(in_channels, scores * 9, norm_layer, last_relu=False)
+        self.conv = nn.Conv2d(scores * 9, scores, 1)
+
+    def forward(self, x: Tensor, size: torch.Size) -> Tensor:
+        return resize(self.conv(self.rrb(x)), size)
+
+
+class ReferenceDFN(nn.Module):
+    """Discriminative Feature Network, figure 2(a). A drop-in for the authors' ``DFN``.
+
+    Args:
+        num_classes: K, the channels of a smooth score.
+        criterion: loss of a smooth score ``[B, K, H, W]`` and ``label``; None: softmax cross entropy, 255 ignored.
+        aux_criterion: loss of a border score ``[B, 1, H, W]`` and ``aux_label``; None: focal loss, 255 ignored.
+        alpha: lambda of eq. 7, the weight of the border losses.
+        pretrained_model: ImageNet weights for the backbone: a file, or a name in ``checkpoint.BACKBONE_WEIGHTS``.
+        norm_layer: called with a channel count; ``nn.SyncBatchNorm`` works too.
+        backbone: ``resnet18``, ``34``, ``50``, ``101`` or ``152``.
+        stem: ``"deep"`` (three 3x3 convolutions, as published) or ``"conv7"`` (torchvision's).
+        channels: C, the width of the Smooth Network.
+        border_channels: the width of the Border Network.
+        global_context, channel_attention, deep_supervision, border: the paper's ablations. Without global context
+            the first ``high`` is zero; without channel attention a CAB is an addition; without deep supervision
+            only the last smooth and the last border score exist; without border there is no Border Network.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        criterion: Criterion | None = None,
+        aux_criterion: Criterion | None = None,
+        alpha: float = 0.1,
+        pretrained_model: str | None = None,
+        norm_layer: NormLayer = nn.BatchNorm2d,
+        *,
+        backbone: str = "resnet101",
+        stem: str = "deep",
+        channels: int = 512,
+        border_channels: int = 21,
+        global_context: bool = True,
+        channel_attention: bool = True,
+        deep_supervision: bool = True,
+        border: bool = True,
+    ):
+        super().__init__()
+        self.num_classes, self.channels, self.alpha = num_classes, channels, alpha
+        self.criterion = CrossEntropyLoss() if criterion is None else criterion
+        self.aux_criterion = SigmoidFocalLoss() if aux_criterion is None else aux_criterion
+        self.backbone = ResNet(backbone, stem, norm_layer)
+        low_to_high = self.backbone.channels
+        high_to_low = low_to_high[::-1]
+        rrb = RefinementResidualBlock
+
+        self.global_context: nn.Module | None = None
+        if global_context:
+            self.global_context = nn.Sequential(
+                nn.AdaptiveAvgPool2d(1), ConvBnRelu(high_to_low[0], channels, 1, norm_layer)
+            )
+        self.smooth_pre_rrbs = nn.ModuleList(rrb(c, channels, norm_layer) for c in high_to_low)
+        self.cabs = nn.ModuleList(ChannelAttentionBlock(channels) for _ in high_to_low if channel_attention)
+        self.smooth_aft_rrbs = nn.ModuleList(rrb(channels, channels, norm_layer) for _ in high_to_low)
+        # A head that deep supervision would have leaves a nn.Identity, so that the others keep their names.
+        supervised = [deep_supervision, deep_supervision, deep_supervision, True]
+        self.smooth_heads = nn.ModuleList(
+            Head(channels, num_classes, norm_layer) if has_head else nn.Identity() for has_head in supervised
+        )
+        if border:
+            width = border_channels
+            self.border_pre_rrbs = nn.ModuleList(rrb(c, width, norm_layer) for c in low_to_high)
+            # The first is in every published checkpoint and never used.
+            self.border_aft_rrbs = nn.ModuleList(rrb(width, width, norm_layer) for _ in low_to_high)
+            self.border_heads = nn.ModuleList(
+                Head(width, 1, norm_layer) if has_head else nn.Identity() for has_head in supervised
+            )
+        self.has_border = border
+        for layer in self.business_layer:
+            initialise(layer)
+        if pretrained_model is not None:
+            from dfn_fast.checkpoint import load_backbone
+
+            load_backbone(self.backbone, pretrained_model)
+
+    @property
+    def business_layer(self) -> list[nn.Module]:
+        """Every module with parameters but the backbone: what the published recipe trains ten times as fast."""
+        criteria = (self.criterion, self.aux_criterion)
+        return [m for m in self.children() if m is not self.backbone and m not in criteria]
+
+    def forward(
+        self, data: Tensor, label: Tensor | None = None, aux_label: Tensor | None = None
+    ) -> Tensor:
+        """Normalised RGB ``[B, 3, H, W]`` -> log-probabilities ``[B, K, H, W]``; with both labels, the loss (eq. 7).
+
+        ``label`` ``[B, H, W]`` holds class ids, ``aux_label`` ``[B, H, W]`` is 1 on borders and 0 elsewhere; 255 is
+        ignored in both. H and W are at least 32.
+        """
+        if label is None or aux_label is None:
+            return F.log_softmax(self.smooth_network(self.stages(data), data.shape[2:])[-1], dim=1)
+        scores = self.scores(data)
+        return dfn_loss(*scores, label, aux_label, self.criterion, self.aux_criterion, self.alpha)
+
+    def scores(self, data: Tensor) -> Scores:
+        """The scores of all heads before softmax and sigmoid; what the losses see."""
+        stages = self.stages(data)
+        border = self.border_network(stages, data.shape[2:]) if self.has_border else []
+        return Scores(self.smooth_network(stages, data.shape[2:]), border)
+
+    def stages(self, data: Tensor) -> list[Tensor]:
+        """The backbone's feature maps at strides 4, 8, 16 and 32."""
+        if data.ndim != 4 or data.shape[1] != 3 or min(data.shape[2:]) < MIN_SIZE:
+            raise ValueError(
+                f"DFN expects images [B, 3, H, W] with H and W of at least {MIN_SIZE}, got {list(data.shape)}; "
+                "resize or pad smaller images"
+            )
+        if self.training and self.global_context is not None and data.shape[0] == 1:
+            norm = self.global_context[1].bn  # type: ignore[index]
+            if isinstance(norm, nn.BatchNorm2d) and norm.training:
+                raise ValueError(
+                    "DFN cannot train on a batch of one: batch norm after global pooling sees one value per channel. "
+                    "Use a batch of two or more, global_context=False, or put the norm layers in eval mode"
+                )
+        return self.backbone(data)
+
+    def smooth_network(self, stages: list[Tensor], size: torch.Size) -> list[Tensor]:
+        """Section 3.1, from the highest stage to the lowest."""
+        scores = []
+        high = self.first_high(stages[-1])
+        for i, stage in enumerate(reversed(stages)):
+            low = self.smooth_pre_rrbs[i](stage)
+            high = resize(high, low.shape[2:])
+            x = self.cabs[i](low, high) if len(self.cabs) else low + high
+            x = self.smooth_aft_rrbs[i](x)
+            if not isinstance(self.smooth_heads[i], nn.Identity):
+                scores.append(self.smooth_heads[i](x, size))
+            high = x
+        return scores
+
+    def first_high(self, stage: Tensor) -> Tensor:
+        """Global average pooling, section 3.1: the strongest consistency there is, one value per channel."""
+        if self.global_context is None:
+            return stage.new_zeros(stage.shape[0], self.channels, 1, 1)
+        return self.global_context(stage)
+
+    def border_network(self, stages: list[Tensor], size: torch.Size) -> list[Tensor]:
+        """Section 3.2, from the lowest stage to the highest."""
+        scores = []
+        acc = None
+        for i, stage in enumerate(stages):
+            x = self.border_pre_rrbs[i](stage)
+            acc = x if acc is None else self.border_aft_rrbs[i](acc + resize(x, acc.shape[2:]))
+            if not isinstance(self.border_heads[i], nn.Identity):
+                scores.append(self.border_heads[i](acc, size))
+        return scores

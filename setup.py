@@ -1,0 +1,44 @@
+"""Package metadata. The folder ``kernels/`` holds the import package ``dfn_kernels``; tool settings: pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+TEST = [
+    "pytest>=8",
+    "pytest-benchmark",
+    "pytest-timeout",
+    "hypothesis",
+    "nvidia-ml-py",
+    "ruff",
+    "mypy",
+    "scipy",  # writes and reads the .mat files of SBD
+    "pycocotools",
+]
+
+setup(
+    name="dfn-fast",
+    version="0.1.0",
+    description="Discriminative Feature Network for semantic segmentation, with fused Triton kernels",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=find_packages(include=["dfn_fast", "dfn_fast.*"]),
+    install_requires=[
+        "torch>=2.7",
+        'triton; platform_system == "Linux"',
+        "numpy",
+        "opencv-python",
+        "pillow",  # the only one of the image libraries here that reads and writes palette PNG
+        "matplotlib",
+        "tqdm",
+        "safetensors",
+    ],
+    extras_require={
+        "test": TEST,
+        "sbd": ["scipy"],
+        "coco": ["pycocotools"],
+        "tensorboard": ["tensorboard"],
+    },
+)
