@@ -24,7 +24,8 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
-    packages=find_packages(include=["dfn_fast", "dfn_fast.*"]),
+    packages=[*find_packages(include=["dfn_fast", "dfn_fast.*"]), "dfn_kernels"],
+    package_dir={"dfn_kernels": "kernels/dfn_kernels"},
     install_requires=[
         "torch>=2.7",
         'triton; platform_system == "Linux"',

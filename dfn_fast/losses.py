@@ -24,8 +24,10 @@ def mean_over(loss: Tensor, valid: Tensor) -> Tensor:
 
 def cross_entropy(scores: Tensor, labels: Tensor, ignore_index: int = 255) -> Tensor:
     """Softmax cross entropy. ``scores`` ``[B, K, H, W]``, ``labels`` ``[B, H, W]`` of any integer dtype -> scalar."""
-    loss = F.cross_entropy(at_least_float32(scores), labels.long(), ignore_index=ignore_index, reduction="none")
-    return mean_over(loss, labels != ignore_index)
+    # One row a pixel: the two-dimensional form of nll_loss has no deterministic CUDA kernel.
+    rows = at_least_float32(scores).permute(0, 2, 3, 1).reshape(-1, scores.shape[1])
+    loss = F.cross_entropy(rows, labels.reshape(-1).long(), ignore_index=ignore_index, reduction="sum")
+    return loss / (labels != ignore_index).sum().clamp(min=1)
 
 
 def focal_loss(

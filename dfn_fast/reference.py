@@ -102,7 +102,7 @@ class ReferenceDFN(nn.Module):
         criterion: loss of a smooth score ``[B, K, H, W]`` and ``label``; None: softmax cross entropy, 255 ignored.
         aux_criterion: loss of a border score ``[B, 1, H, W]`` and ``aux_label``; None: focal loss, 255 ignored.
         alpha: lambda of eq. 7, the weight of the border losses.
-        pretrained_model: ImageNet weights for the backbone: a file, or a name in ``checkpoint.BACKBONE_WEIGHTS``.
+        pretrained_model: ImageNet weights for the backbone: a file, or a name in ``pretrained.BACKBONE_WEIGHTS``.
         norm_layer: called with a channel count; ``nn.SyncBatchNorm`` works too.
         backbone: ``resnet18``, ``34``, ``50``, ``101`` or ``152``.
         stem: ``"deep"`` (three 3x3 convolutions, as published) or ``"conv7"`` (torchvision's).
@@ -164,8 +164,11 @@ class ReferenceDFN(nn.Module):
         self.has_border = border
         for layer in self.business_layer:
             initialise(layer)
+        for head in self.modules():
+            if isinstance(head, Head):  # scores near 0: no class is likelier than another at the start
+                nn.init.normal_(head.conv.weight, std=0.01)
         if pretrained_model is not None:
-            from dfn_fast.checkpoint import load_backbone
+            from dfn_fast.pretrained import load_backbone
 
             load_backbone(self.backbone, pretrained_model)
 
@@ -175,9 +178,7 @@ class ReferenceDFN(nn.Module):
         criteria = (self.criterion, self.aux_criterion)
         return [m for m in self.children() if m is not self.backbone and m not in criteria]
 
-    def forward(
-        self, data: Tensor, label: Tensor | None = None, aux_label: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, data: Tensor, label: Tensor | None = None, aux_label: Tensor | None = None) -> Tensor:
         """Normalised RGB ``[B, 3, H, W]`` -> log-probabilities ``[B, K, H, W]``; with both labels, the loss (eq. 7).
 
         ``label`` ``[B, H, W]`` holds class ids, ``aux_label`` ``[B, H, W]`` is 1 on borders and 0 elsewhere; 255 is

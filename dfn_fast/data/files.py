@@ -4,13 +4,12 @@ Images are ``[H, W, 3]`` RGB uint8, labels ``[H, W]`` uint8. Pillow decodes: it 
 and writes the indices of a palette PNG, where OpenCV gives the colours.
 """
 
-import os
-import tempfile
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from dfn_fast.atomic import replacing
 from dfn_fast.errors import DataError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
@@ -47,7 +46,7 @@ def read_label(path: str | Path) -> np.ndarray:
 
 def write_label(path: str | Path, labels: np.ndarray, palette: np.ndarray | None = None) -> None:
     """Writes ``[H, W]`` uint8 class ids as PNG, with the ``[K, 3]`` RGB palette where one is given (255: white)."""
-    image = Image.fromarray(np.ascontiguousarray(labels, dtype=np.uint8), mode=None)
+    image = Image.fromarray(np.ascontiguousarray(labels, dtype=np.uint8))
     if palette is not None:
         table = np.zeros((256, 3), np.uint8)
         table[255] = 255
@@ -82,13 +81,5 @@ def _decode(path: str | Path, what: str) -> Image.Image:
 
 def _save(image: Image.Image, path: str | Path) -> None:
     """To a temporary file in the same folder, then renamed: a reader or an interruption never meets half a file."""
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            image.save(file, format=Image.registered_extensions()[path.suffix.lower()])
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with replacing(path) as file:
+        image.save(file, format=Image.registered_extensions()[Path(path).suffix.lower()])

@@ -1,0 +1,339 @@
+"""Weights and checkpoint files: read without running code that is in them, fitted to a model by name and shape, and
+written whole or not at all.
+
+A training checkpoint is one dictionary of tensors and plain values::
+
+    format        1
+    model         state dict
+    model_config  keyword arguments of the network, num_classes among them
+    classes       K names            palette  K times [r, g, b]            dataset  its name
+    config, optimizer, scaler, random, position      what the trainer needs to continue
+
+Other people's files are read too: a bare state dict, or one below ``model``, ``state_dict`` or ``model_state_dict``;
+what such a file does not say is inferred from its names and shapes.
+"""
+
+import pickle
+import re
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, NoReturn
+
+import numpy as np
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from dfn_fast.atomic import replacing
+from dfn_fast.backbone import LAYERS, BasicBlock, Bottleneck
+from dfn_fast.errors import CheckpointError
+from dfn_fast.reference import ReferenceDFN
+
+FORMAT = 1
+STATE_DICT_KEYS = ("model", "state_dict", "model_state_dict")
+TORCH_SUFFIXES = (".pth", ".pt", ".ckpt", ".tar")
+SHOWN = 5  # names of each kind in the text of a mismatch
+
+
+def save_atomic(content: dict[str, Any], path: str | Path) -> None:
+    """``torch.save`` to a temporary file that takes the name ``path`` when it is whole and on disk.
+
+    Raises :class:`CheckpointError` where it cannot be written, or where ``content`` holds something that
+    :func:`read_file` would refuse; the file that was there before is unchanged then.
+    """
+    refused = _not_plain(content, "content")
+    if refused:
+        raise CheckpointError(f"{path}: {refused}, which could not be read back; save tensors and plain values only")
+    _write(Path(path), lambda file: torch.save(content, file))
+
+
+def save_weights(model: nn.Module, path: str | Path) -> None:
+    """The model's state dict, in the published names and shapes, as safetensors or ``torch.save`` file by suffix."""
+    path = Path(path)
+    # safetensors refuses channels_last tensors.
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict_of(model.state_dict()).items()}
+    if path.suffix == ".safetensors":
+        _write(path, lambda file: file.write(safetensors.torch.save(state)))
+    elif path.suffix in TORCH_SUFFIXES:
+        save_atomic(state, path)
+    else:
+        raise CheckpointError(f"{path}: expected one of the suffixes .safetensors {' '.join(TORCH_SUFFIXES)}")
+
+
+def _write(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+    try:
+        with replacing(path) as file:
+            write(file)
+    except (OSError, RuntimeError) as error:  # torch.save hides the system's error behind a RuntimeError of its own
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__cause__ or cause.__context__
+        raise CheckpointError(
+            f"{path}: could not be written ({cause or error}); the file of that name, if there was one, is unchanged. "
+            "Free some space, or choose a folder that exists and can be written"
+        ) from error
+
+
+def _not_plain(value: Any, where: str) -> str | None:
+    """What ``weights_only`` would refuse in ``value``, if anything."""
+    items: list[tuple[str, Any]] = []
+    if type(value) in (dict, OrderedDict):
+        items = [(f"{where}[{key!r}]", item) for key, item in value.items()]
+        items += [(f"a key of {where}", key) for key in value]
+    elif type(value) in (list, tuple):
+        items = [(f"{where}[{i}]", item) for i, item in enumerate(value)]
+    elif not isinstance(value, Tensor) and type(value) not in (bool, int, float, str, type(None)):
+        return f"{where} is a {type(value).__module__}.{type(value).__qualname__}"
+    return next((text for place, item in items if (text := _not_plain(item, place))), None)
+
+
+def read_file(path: str | Path) -> dict[str, Any]:
+    """The dictionary in a ``.safetensors`` file, or in one of any other suffix that ``torch.save`` wrote, on the CPU.
+
+    Code in the file is never run. Raises :class:`CheckpointError` that says whether the file is missing, empty, cut
+    short, no checkpoint at all, or holds more than tensors and plain values.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            head = file.read(16)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: this checkpoint does not exist; check the name and the folder") from None
+    except IsADirectoryError:
+        raise CheckpointError(f"{path}: expected a checkpoint file, got a folder; name a file in it") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: this checkpoint cannot be read ({error.strerror})") from error
+    if not head:
+        raise CheckpointError(f"{path}: this checkpoint is empty (0 bytes); copy or download it again")
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle can raise anything
+        _explain(path, head, error)
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected a dictionary of weights, got a {type(content).__name__}")
+    return content
+
+
+def _explain(path: Path, head: bytes, error: Exception) -> NoReturn:
+    """Raises the :class:`CheckpointError` for a file that exists and does not load. PyTorch's own text is left out:
+    it advises loading the file with the code in it."""
+    damaged = CheckpointError(f"{path}: this checkpoint is truncated or damaged; copy or download it again")
+    is_zip, is_pickle = head.startswith(b"PK\x03\x04"), head.startswith(b"\x80")
+    members = zipfile.ZipFile(path).namelist() if is_zip and zipfile.is_zipfile(path) else []
+    has_pickle = is_pickle or any(name.endswith("/data.pkl") for name in members)
+    is_script = any(name.endswith("/constants.pkl") for name in members)
+    if isinstance(error, MemoryError):
+        raise error
+    if isinstance(error, SafetensorError):
+        if head[8:9] == b"{":
+            raise damaged from error
+    elif is_script or (has_pickle and isinstance(error, pickle.UnpicklingError)):
+        name = re.search(r"GLOBAL (\w[\w.]+)", str(error))
+        if not (name or is_script or is_pickle):
+            raise damaged from error
+        raise CheckpointError(
+            f"{path}: this file has code in it ({name[1] if name else 'Python objects'}): loading it could run "
+            "anything, so it is refused. Where it was made, save the weights alone, torch.save(model.state_dict(), "
+            "FILE) or safetensors, and give that file"
+        ) from error
+    elif has_pickle or (is_zip and not members):
+        raise damaged from error
+    expected = "safetensors" if isinstance(error, SafetensorError) else "torch.save"
+    raise CheckpointError(
+        f"{path}: this is not a checkpoint (it starts with {head!r}); give a file that {expected} wrote"
+    ) from error
+
+
+def state_dict_of(content: Mapping[str, Any], where: str = "the checkpoint") -> dict[str, Tensor]:
+    """The state dict in a checkpoint's content, bare or below one of ``STATE_DICT_KEYS``, under plain names: without
+    the ``module.`` of (Distributed)DataParallel and the ``_orig_mod.`` of ``torch.compile``, however they are nested.
+    """
+    tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    if not tensors:
+        for key in STATE_DICT_KEYS:
+            if isinstance(content.get(key), Mapping):
+                return state_dict_of(content[key], where)
+        found = ", ".join(map(str, list(content)[:SHOWN])) or "nothing"
+        raise CheckpointError(
+            f"{where}: expected a state dict, bare or below {', '.join(map(repr, STATE_DICT_KEYS))}; found {found}"
+        )
+    state = {_plain_name(name): tensor for name, tensor in tensors.items()}
+    if len(state) < len(tensors):
+        raise CheckpointError(f"{where}: holds the same weights twice, with and without the prefix of a wrapper")
+    return state
+
+
+def _plain_name(name: str) -> str:
+    parts = [part for part in name.split(".") if part != "_orig_mod"]
+    while parts[0] == "module" and len(parts) > 1:
+        parts = parts[1:]
+    return ".".join(parts)
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """Where a state dict does not fit a model; false where it fits. ``str()`` names the first few of each kind."""
+
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    wrong_shape: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...] = ()  # name, the model's, the file's
+
+    def __bool__(self) -> bool:
+        return bool(self.missing or self.unexpected or self.wrong_shape)
+
+    def __str__(self) -> str:
+        shapes = [f"{name} (model {list(ours)}, file {list(theirs)})" for name, ours, theirs in self.wrong_shape]
+        kinds = {"missing": self.missing, "unexpected": self.unexpected, "wrong shape": shapes}
+        return "; ".join(
+            f"{len(names)} {kind}: {', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''}"
+            for kind, names in kinds.items()
+            if names
+        )
+
+
+def load_weights(
+    model: nn.Module, source: str | Path | Mapping[str, Any], *, strict: bool = True, where: str | None = None
+) -> Mismatch:
+    """Loads a checkpoint, by file or content, into ``model`` and returns what did not fit.
+
+    ``strict=False`` loads the tensors that fit by name and shape. ``num_batches_tracked`` may be missing, as in
+    checkpoints of PyTorch 0.4. ``where`` names the source in errors. Raises :class:`CheckpointError`, the model
+    unchanged, where something does not fit and ``strict`` is set, where nothing fits, and for weights that are nan or
+    infinite.
+    """
+    if isinstance(source, Mapping):
+        where = where or "the given weights"
+    else:
+        where, source = where or str(source), read_file(source)
+    state = state_dict_of(source, where)
+    own = {_plain_name(name): (name, tensor) for name, tensor in model.state_dict().items()}
+    fitting = {n: t for n, t in state.items() if n in own and t.shape == own[n][1].shape}
+    mismatch = Mismatch(
+        missing=tuple(n for n in own if n not in state and not n.endswith("num_batches_tracked")),
+        unexpected=tuple(n for n in state if n not in own),
+        wrong_shape=tuple(
+            (n, tuple(own[n][1].shape), tuple(t.shape)) for n, t in state.items() if n in own and n not in fitting
+        ),
+    )
+    if not fitting or (strict and mismatch):
+        remedy = "" if not fitting else ", or load what fits with strict=False (--no-strict)"
+        raise CheckpointError(f"{where} does not fit the model: {mismatch}. Build the model as it was saved{remedy}")
+    broken = [n for n, t in fitting.items() if not torch.isfinite(t).all()]
+    if broken:
+        raise CheckpointError(
+            f"{where}: {len(broken)} tensors hold nan or infinity: {', '.join(broken[:SHOWN])}. "
+            "Use a checkpoint from before the training diverged"
+        )
+    model.load_state_dict({own[n][0]: t for n, t in fitting.items()}, strict=False)
+    return mismatch
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A network from a checkpoint, in eval mode, and what its scores mean."""
+
+    model: ReferenceDFN
+    model_config: dict[str, Any]  # keyword arguments of the network
+    classes: tuple[str, ...]
+    palette: np.ndarray  # [K, 3] RGB uint8
+    dataset: str | None  # what the file says that it was trained on
+    mismatch: Mismatch  # what strict=False let pass
+
+
+def load_model(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    *,
+    num_classes: int | None = None,
+    channels_last: bool = False,
+    strict: bool = True,
+) -> LoadedModel:
+    """The network in a checkpoint of ours, or in other people's, whose configuration is then inferred.
+
+    ``num_classes`` is the class count that the caller needs; another one in the file is an error. Class names and
+    colours that the file does not hold are those of VOC, Cityscapes and CamVid at 21, 19 and 11 classes, else
+    "class i". Raises :class:`CheckpointError`.
+    """
+    content = read_file(path)
+    ours = "model_config" in content
+    if ours and content.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path}: expected checkpoint format {FORMAT}, got {content.get('format')!r}; "
+            "use the version of dfn_fast that wrote it, or save its weights alone there"
+        )
+    config = dict(content["model_config"]) if ours else infer_model_config(state_dict_of(content, str(path)), str(path))
+    if num_classes is not None and config["num_classes"] != num_classes:
+        raise CheckpointError(
+            f"{path}: this network has {config['num_classes']} classes, but {num_classes} are needed; "
+            "choose the data set that it was trained on, or another checkpoint"
+        )
+    classes, palette = _class_table(content, config["num_classes"], path)
+    with torch.random.fork_rng(devices=[]):  # the initial weights are not kept: they must not cost the caller's draws
+        try:
+            model = ReferenceDFN(**config)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"{path}: its model_config {config} builds no network ({error})") from error
+    mismatch = load_weights(model, content, strict=strict, where=str(path))
+    model.to(device).eval()
+    if channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return LoadedModel(model, config, classes, palette, content.get("dataset") if ours else None, mismatch)
+
+
+def _class_table(content: Mapping[str, Any], num_classes: int, path: str | Path) -> tuple[tuple[str, ...], np.ndarray]:
+    from dfn_fast.data.camvid import CamVidDataset
+    from dfn_fast.data.cityscapes import CityscapesDataset
+    from dfn_fast.data.voc import VocDataset, voc_palette
+
+    if "classes" in content and "palette" in content:
+        classes, palette = tuple(content["classes"]), np.array(content["palette"], np.uint8)
+        if len(classes) != num_classes or palette.shape != (num_classes, 3):
+            raise CheckpointError(
+                f"{path}: expected names and colours of {num_classes} classes, got {len(classes)} and {len(palette)}"
+            )
+        return classes, palette
+    for known in (VocDataset, CityscapesDataset, CamVidDataset):
+        if len(known.classes) == num_classes:
+            return known.classes, known.palette.copy()
+    return tuple(f"class {i}" for i in range(num_classes)), voc_palette(num_classes)
+
+
+def infer_model_config(state: Mapping[str, Tensor], where: str = "the checkpoint") -> dict[str, Any]:
+    """The keyword arguments of the network that ``state`` belongs to, from its names and shapes.
+
+    Raises :class:`CheckpointError` where a name that tells is not there, or where the backbone is no known ResNet.
+    """
+
+    def out_channels(name: str) -> int:
+        if name not in state:
+            raise CheckpointError(f"{where}: expected the weights of a DFN, but there is no {name}")
+        return state[name].shape[0]
+
+    if "layer1.0.conv1.weight" in state:
+        raise CheckpointError(f"{where}: these are the weights of a ResNet, not of a DFN; give them as --pretrained")
+    block = Bottleneck if "backbone.layer1.0.conv3.weight" in state else BasicBlock
+    stages = [f"backbone.layer{i}." for i in (1, 2, 3, 4)]
+    counts = tuple(len({n.split(".")[2] for n in state if n.startswith(stage)}) for stage in stages)
+    depth = next((name for name, layers in LAYERS.items() if layers == (block, counts)), None)
+    if depth is None:
+        raise CheckpointError(
+            f"{where}: a backbone with {list(counts)} {block.__name__}s is none of {', '.join(LAYERS)}"
+        )
+    border = any(name.startswith("border_pre_rrbs.") for name in state)
+    return {
+        "num_classes": out_channels("smooth_heads.3.conv.weight"),
+        "backbone": depth,
+        "stem": "deep" if "backbone.conv1.0.weight" in state else "conv7",
+        "channels": out_channels("smooth_pre_rrbs.0.conv_1x1.weight"),
+        "border_channels": out_channels("border_pre_rrbs.0.conv_1x1.weight") if border else 21,
+        "global_context": "global_context.1.conv.weight" in state,
+        "channel_attention": "cabs.0.channel_attention.fc.0.weight" in state,
+        "deep_supervision": "smooth_heads.0.conv.weight" in state,
+        "border": border,
+    }

@@ -1,0 +1,74 @@
+"""What all command lines share: help that can be read, the nearest option for a misspelt one, errors without traceback."""
+
+import argparse
+import difflib
+import errno
+import re
+import sys
+from collections.abc import Callable, Iterable
+
+from dfn_fast.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """An ``ArgumentParser`` that answers an unknown option or choice with the nearest known one.
+
+    Options cannot be abbreviated: a prefix that is unique today may not be tomorrow.
+    """
+
+    def __init__(self, **settings):
+        super().__init__(allow_abbrev=False, formatter_class=_Formatter, **settings)
+
+    def parse_args(self, args=None, namespace=None):  # type: ignore[override]
+        arguments, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            options = [option for option in unknown if option.startswith("-")] or unknown
+            known = [name for action in self._actions for name in action.option_strings]
+            self.error(f"unknown option {options[0]}" + nearest(options[0].split("=")[0], known))
+        return arguments
+
+    def _check_value(self, action, value):
+        if action.choices is not None and value not in action.choices:
+            choices = [str(choice) for choice in action.choices]
+            raise argparse.ArgumentError(
+                action, f"{value!r} is not one of {', '.join(choices)}" + nearest(str(value), choices)
+            )
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Options in one column of 28, their defaults left out where there is none to tell."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=28, width=100)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """``"; did you mean X?"`` for the known word nearest to ``word``, or nothing where none is near."""
+    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {matches[0]}?" if matches else ""
+
+
+def size(text: str) -> tuple[int, int]:
+    """``"512"`` or ``"512x1024"`` (height x width) as ``(height, width)``."""
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write 512 or 512x1024 (height x width)")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Runs a command line's ``main`` and exits: 2 with the text of a :class:`UserError`, else what ``main`` returns."""
+    try:
+        code = main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except BrokenPipeError:
+        code = 141  # the reader of our output has gone, as in `... | head`
+        sys.stderr.close()
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        print(f"error: {error.filename or 'a file'} cannot be written: {error.strerror}", file=sys.stderr)
+        code = 2
+    sys.exit(code or 0)

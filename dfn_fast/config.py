@@ -1,0 +1,221 @@
+"""The configuration of a training run: one frozen dataclass, and recipes that change a few of its fields."""
+
+import dataclasses
+import json
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dfn_fast.backbone import LAYERS, STEMS
+from dfn_fast.cli import nearest
+from dfn_fast.errors import ConfigError
+
+PAPER_SCALES = (0.5, 0.75, 1.0, 1.5, 1.75)
+
+
+def option(default: Any, group: str, text: str, choices: tuple[str, ...] = (), minimum: float | None = None) -> Any:
+    """A field: its default, the part of ``--help`` it stands in, what it means, and the values it takes."""
+    return field(default=default, metadata={"group": group, "help": text, "choices": choices, "minimum": minimum})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides what a run computes and where it writes. Sizes are height x width, in pixels."""
+
+    recipe: str = option("synthetic", "", "the recipe that the other fields started from")
+
+    data: str = option("synthetic", "data", "data set: see `python -m dfn_fast.data list`")
+    root: str | None = option(None, "data", "folder of the data set")
+    train_split: str = option("train", "data", "split to train on; several are joined by +")
+    val_split: str = option("val", "data", "split to validate on")
+    num_classes: int | None = option(
+        None, "data", "number of classes, for folder and list data without names", minimum=2
+    )
+    classes: str | None = option(None, "data", "file of class names, one a line, for folder and list data")
+    crop: tuple[int, int] = option((512, 512), "data", "size of a training crop: 512 or 512x1024 (height x width)")
+    scales: tuple[float, ...] = option(PAPER_SCALES, "data", "random scales of the training images")
+    flip: bool = option(True, "data", "flip half of the training images left to right")
+    border_width: int = option(7, "data", "width of the border targets in pixels, odd", minimum=1)
+    workers: int = option(4, "data", "processes that load images; 0 loads in the main one", minimum=0)
+
+    backbone: str = option("resnet101", "network", "depth of the ResNet", choices=tuple(LAYERS))
+    stem: str = option(
+        "deep", "network", "three 3x3 convolutions (published DFN) or one 7x7 (torchvision)", choices=STEMS
+    )
+    channels: int = option(512, "network", "width of the Smooth Network", minimum=1)
+    border_channels: int = option(21, "network", "width of the Border Network", minimum=1)
+    global_context: bool = option(True, "network", "global average pooling above the highest stage")
+    channel_attention: bool = option(True, "network", "channel attention blocks; off: additions")
+    deep_supervision: bool = option(True, "network", "a loss at each of the four stages; off: at the last alone")
+    border: bool = option(True, "network", "the Border Network")
+    pretrained: str | None = option(
+        None, "network", "ImageNet weights of the backbone: a file, or a name such as resnet101s"
+    )
+    weights: str | None = option(None, "network", "DFN weights to start from: any checkpoint or safetensors file")
+    strict: bool = option(True, "network", "whether --weights must fit in every tensor")
+
+    border_weight: float = option(0.1, "loss", "lambda of eq. 7: weight of the border losses", minimum=0)
+    focal_alpha: float = option(0.25, "loss", "alpha of the focal loss, eq. 4", minimum=0)
+    focal_gamma: float = option(2.0, "loss", "gamma of the focal loss, eq. 4", minimum=0)
+    focal: str = option(
+        "retinanet",
+        "loss",
+        "formula of the focal loss; torchseg: as its published code has it",
+        ("retinanet", "torchseg"),
+    )
+
+    epochs: int = option(40, "optimiser", "passes over the training images", minimum=1)
+    iterations: int | None = option(None, "optimiser", "optimiser steps in all, instead of --epochs", minimum=1)
+    batch_size: int = option(32, "optimiser", "images of one forward pass", minimum=1)
+    accumulate: int = option(1, "optimiser", "forward passes whose gradients one step averages", minimum=1)
+    lr: float = option(4e-3, "optimiser", "learning rate of the backbone at the start", minimum=0)
+    new_layer_lr: float = option(
+        1.0, "optimiser", "factor of the learning rate for all layers but the backbone", minimum=0
+    )
+    power: float = option(
+        0.9, "optimiser", "power of the poly policy: lr * (1 - iteration / iterations) ^ power", minimum=0
+    )
+    momentum: float = option(0.9, "optimiser", "momentum of SGD", minimum=0)
+    weight_decay: float = option(1e-4, "optimiser", "weight decay of SGD", minimum=0)
+    decay_norm_and_bias: bool = option(True, "optimiser", "weight decay for norm layers and biases too")
+
+    device: str = option("auto", "execution", "cuda, cuda:1, cpu; auto: CUDA where there is one")
+    amp: str = option(
+        "auto", "execution", "mixed precision; auto: bf16 on CUDA, off on a CPU", ("auto", "bf16", "fp16", "off")
+    )
+    channels_last: bool = option(True, "execution", "channels_last memory format")
+    compile: bool = option(False, "execution", "torch.compile the network")
+    deterministic: bool = option(False, "execution", "deterministic algorithms only, slower on a GPU")
+    seed: int = option(0, "execution", "seed of the weights, of the order and of the augmentation", minimum=0)
+
+    output_dir: str | None = option(None, "output", "folder of the run (default: runs/RECIPE, numbered where taken)")
+    val_every: int = option(
+        1, "output", "epochs between two validations; the last epoch is always validated", minimum=1
+    )
+    checkpoint_every: int = option(500, "output", "iterations between two checkpoints, besides one an epoch", minimum=1)
+    log_every: int = option(10, "output", "iterations between two lines of metrics.jsonl", minimum=1)
+    tensorboard: bool = option(False, "output", "also write TensorBoard events (extra: tensorboard)")
+
+    def __post_init__(self):
+        for f in dataclasses.fields(self):
+            value, limit, choices = getattr(self, f.name), f.metadata["minimum"], f.metadata["choices"]
+            if limit is not None and value is not None and not value >= limit:
+                raise ConfigError(f"--{dashed(f.name)} must be at least {limit:g}, got {value}")
+            if choices and value not in choices:
+                raise ConfigError(
+                    f"--{dashed(f.name)} must be one of {', '.join(choices)}, got {value!r}"
+                    + nearest(str(value), choices)
+                )
+        if min(self.crop) < 32:
+            raise ConfigError(
+                f"--crop {self.crop[0]}x{self.crop[1]} is too small: the network needs 32 x 32 pixels or more"
+            )
+        if not self.scales or min(self.scales) <= 0:
+            raise ConfigError(f"--scales must be positive numbers, got {list(self.scales)}")
+        if self.border_width % 2 == 0:
+            raise ConfigError(f"--border-width must be odd, got {self.border_width}")
+        if self.batch_size == 1 and self.global_context:
+            raise ConfigError(
+                "--batch-size 1 cannot be trained: batch norm after global pooling would see one value per channel. "
+                "Use --batch-size 2 or more (with --accumulate for larger steps), or --no-global-context"
+            )
+
+    def model_settings(self) -> dict[str, Any]:
+        """The keyword arguments of the network that a checkpoint must hold to build it again, but ``num_classes``."""
+        names = ("backbone", "stem", "channels", "border_channels")
+        switches = ("global_context", "channel_attention", "deep_supervision", "border")
+        return {name: getattr(self, name) for name in names + switches}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain JSON values."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], where: str) -> "TrainConfig":
+        """The inverse of :meth:`to_dict`; ``where`` names the source in errors."""
+        types = typing.get_type_hints(cls)
+        checked = {}
+        for name, value in values.items():
+            if name not in types:
+                raise ConfigError(f"{where}: unknown field {name!r}" + nearest(name, types))
+            checked[name] = _convert(value, types[name], f"{where}: field {name!r}")
+        return cls(**checked)
+
+
+def _convert(value: Any, kind: Any, what: str) -> Any:
+    """``value`` as JSON gives it, in the type of its field; a value of another type is an error."""
+    allowed = typing.get_args(kind) if typing.get_origin(kind) is not tuple else (kind,)
+    allowed = allowed or (kind,)
+    if value is None and type(None) in allowed:
+        return None
+    for one in allowed:
+        if typing.get_origin(one) is tuple and isinstance(value, list | tuple):
+            items, element = list(value), typing.get_args(one)[0]
+            right_count = Ellipsis in typing.get_args(one) or len(items) == len(typing.get_args(one))
+            if right_count and all(_is(item, element) for item in items):
+                return tuple(element(item) for item in items)
+        elif typing.get_origin(one) is None and one is not type(None) and _is(value, one):
+            return one(value)
+    raise ConfigError(f"{what} expects {getattr(kind, '__name__', kind)}, got {value!r}")
+
+
+def _is(value: Any, kind: type) -> bool:
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, int | float) if kind is float else isinstance(value, kind)
+
+
+def dashed(name: str) -> str:
+    """A field's name as an option's."""
+    return name.replace("_", "-")
+
+
+def load_config(path: str | Path) -> TrainConfig:
+    """The configuration that a run saved as ``config.json``."""
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: this configuration file does not exist") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: expected a run's config.json ({error})") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a run's config.json, an object of fields")
+    return TrainConfig.from_dict(values, str(path))
+
+
+PRESETS = ("paper", "torchseg")
+
+
+def recipe(name: str, preset: str = "paper") -> TrainConfig:
+    """A named recipe. ``preset`` chooses the learning rates of the paper or of the authors' code (TorchSeg)."""
+    if name not in RECIPES:
+        raise ConfigError(f"unknown recipe {name!r}: expected one of {', '.join(RECIPES)}" + nearest(name, RECIPES))
+    if preset not in PRESETS:
+        raise ConfigError(f"unknown preset {preset!r}: expected one of {', '.join(PRESETS)}" + nearest(preset, PRESETS))
+    changes = dict(RECIPES[name])
+    if preset == "torchseg":
+        changes |= {"lr": 8e-4, "new_layer_lr": 10.0, "decay_norm_and_bias": False, "focal": "torchseg"}
+    return TrainConfig(recipe=name, data=name, **changes)
+
+
+# What each recipe changes; all else is the dataclass's default, which is the paper's section 4.1.
+RECIPES: dict[str, dict[str, Any]] = {
+    # Minutes on two CPU cores, from scratch.
+    "synthetic": {
+        "backbone": "resnet18",
+        "channels": 64,
+        "crop": (96, 96),
+        "scales": (0.75, 1.0, 1.25),
+        "border_width": 3,
+        "epochs": 8,
+        "batch_size": 16,
+        "lr": 0.03,
+        "workers": 1,
+    },
+    # From scratch, 367 images of 360 x 480: the paper does not train on CamVid.
+    "camvid": {"crop": (352, 480), "epochs": 200, "batch_size": 8, "lr": 0.01, "border_width": 5},
+    # The outlines of VOC's objects are 5 pixels of 255: the border reaches 3 pixels beyond them on each side.
+    "voc": {"train_split": "train_aug", "border_width": 11, "pretrained": "resnet101s", "epochs": 80},
+    "cityscapes": {"crop": (800, 800), "pretrained": "resnet101s", "epochs": 240},
+}

@@ -1,0 +1,175 @@
+"""``python -m dfn_fast.data``: checks a data set, shows how each lies on disk, converts SBD's labels."""
+
+import argparse
+import json
+import os
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from dfn_fast import cli
+from dfn_fast.atomic import write_text
+from dfn_fast.data.base import IGNORE
+from dfn_fast.data.check import Report, check
+from dfn_fast.data.registry import DATASETS
+from dfn_fast.data.sbd import convert_sbd
+from dfn_fast.errors import ConfigError
+
+PROG = "python -m dfn_fast.data"
+SHOWN = 20
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command named first with the arguments after it; returns the exit code."""
+    parser = cli.Parser(
+        prog=PROG,
+        description="Data sets: see how they lie on disk, check yours, convert SBD.",
+        epilog=f"`{PROG} COMMAND --help` tells a command's options.\n\n" + layouts(),
+    )
+    parser.add_argument(
+        "command",
+        choices=list(COMMANDS),
+        help="check: read every file of a data set; list: show the data sets and their folders; "
+        "convert-sbd: make VOC's train_aug from SBD",
+    )
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the command's own")
+    chosen = parser.parse_args(arguments)
+    return COMMANDS[chosen.command](chosen.arguments)
+
+
+def check_command(arguments: list[str]) -> int:
+    parser = cli.Parser(
+        prog=f"{PROG} check",
+        description="Reads every image and label of a data set. Exit code: 0 when all is well, 1 when\n"
+        "something is wrong with the data, 2 when the command is.",
+    )
+    parser.add_argument("dataset", metavar="DATASET", choices=list(DATASETS), help=f"one of {', '.join(DATASETS)}")
+    parser.add_argument("--root", metavar="DIR", help=f"the data set's folder; `{PROG} list` shows what is in it")
+    parser.add_argument("--split", nargs="+", metavar="SPLIT", help="splits to read (default: train and val)")
+    parser.add_argument("--num-classes", type=int, metavar="N", help="of a folder or list without classes.txt")
+    parser.add_argument("--classes", metavar="FILE", help="classes of a folder or list: a name, or name R G B, a line")
+    cores = min(8, os.cpu_count() or 1)
+    parser.add_argument(
+        "--workers", type=int, metavar="N", default=cores, help="threads (default: one a core, up to 8)"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write everything found to this file too")
+    chosen = parser.parse_args(arguments)
+    if chosen.workers < 1:
+        raise ConfigError(f"--workers {chosen.workers}: expected at least 1")
+    if chosen.json and not Path(chosen.json).parent.is_dir():
+        raise ConfigError(f"--json {chosen.json}: its folder does not exist; make it first")
+    report = check(
+        chosen.dataset,
+        chosen.root,
+        chosen.split,
+        num_classes=chosen.num_classes,
+        classes=chosen.classes,
+        workers=chosen.workers,
+    )
+    print(render(report))
+    if chosen.json:
+        try:
+            write_text(chosen.json, json.dumps(report.as_json(), indent=2) + "\n")
+        except OSError as error:
+            raise ConfigError(f"--json {chosen.json}: cannot be written ({error.strerror})") from error
+    return 1 if report.all_problems() else 0
+
+
+def list_command(arguments: list[str]) -> int:
+    cli.Parser(prog=f"{PROG} list", description="Shows the data sets and their folders.").parse_args(arguments)
+    print(layouts())
+    return 0
+
+
+def convert_sbd_command(arguments: list[str]) -> int:
+    parser = cli.Parser(
+        prog=f"{PROG} convert-sbd",
+        description="Makes VOC's SegmentationClassAug and train_aug.txt from SBD's .mat files (needs SciPy).\n"
+        "Labels that are there already are kept, so an interrupted run can be started again.",
+    )
+    parser.add_argument("sbd_root", metavar="SBD_ROOT", help="the folder of the unpacked benchmark.tgz")
+    parser.add_argument("voc_root", metavar="VOC_ROOT", help="VOC2012, or VOCdevkit; the labels are written there")
+    chosen = parser.parse_args(arguments)
+    done = convert_sbd(chosen.sbd_root, chosen.voc_root)
+    print(f"{done.images} images in {done.list_file}, {done.written} labels written")
+    if done.sbd_images:
+        print(f"{done.sbd_images} of the images are not in VOC's JPEGImages: the list takes them from SBD's img folder")
+    if done.images != DATASETS["voc"].counts["train_aug"]:
+        print(f"note: the published train_aug has {DATASETS['voc'].counts['train_aug']} images")
+    return 0
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "check": check_command,
+    "list": list_command,
+    "convert-sbd": convert_sbd_command,
+}
+
+
+def layouts() -> str:
+    """Every data set with its splits and its directory tree."""
+    blocks = []
+    for name, entry in DATASETS.items():
+        splits = f"splits: {', '.join(entry.splits)}" if entry.splits else "splits: by what is in the root"
+        blocks.append(f"{name}: {entry.description}\n  {splits}\n{textwrap.indent(entry.tree, '  ')}".rstrip())
+    return "\n\n".join(blocks)
+
+
+def render(report: Report) -> str:
+    """The report as text: a table of the splits, one of the classes, then problems, warnings and notes."""
+    lines = [f"{report.dataset}" + (f" in {report.root}" if report.root else ""), ""]
+    header = ["split", "images", "most common size", "smallest", "median", "largest", f"ignored ({IGNORE})"]
+    rows = []
+    for s in report.splits:
+        sizes = {what: f"{w}x{h}" for what, (w, h) in s.size_summary().items()}
+        common = f"{sizes['most common']} ({max(s.sizes.values())} images)" if sizes else "-"
+        rows.append(
+            [s.split, str(len(s.names)), common]
+            + [sizes.get(what, "-") for what in ("smallest", "median", "largest")]
+            + [_percent(s.shares()[IGNORE])]
+        )
+    lines += [*_table(header, rows), ""]
+    values = [v for v in range(256) if v < len(report.classes) or any(s.pixels[v] for s in report.splits)]
+    if any(s.pixels.any() for s in report.splits):
+        rows = [[str(v), _class_name(v, report), *(_percent(s.shares()[v]) for s in report.splits)] for v in values]
+        lines += ["Share of all pixels:", *_table(["id", "class", *(s.split for s in report.splits)], rows), ""]
+    for title, texts in (
+        ("Problem", report.all_problems()),
+        ("Warning", report.all_warnings()),
+        ("Note", report.all_notes()),
+    ):
+        if texts:
+            more = [f"  and {len(texts) - SHOWN} more; --json FILE writes them all"] if len(texts) > SHOWN else []
+            lines += [f"{title}s ({len(texts)}):", *(f"  {text}" for text in texts[:SHOWN]), *more, ""]
+    count = len(report.all_problems())
+    return "\n".join([*lines, f"{count} problem{'s' * (count != 1)} found" if count else "Nothing is wrong."])
+
+
+def _class_name(value: int, report: Report) -> str:
+    if value < len(report.classes):
+        return report.classes[value]
+    return "ignored" if value == IGNORE else "NO CLASS"
+
+
+def _percent(share: np.floating) -> str:
+    """Two decimals, but never 0.00 for something that is there."""
+    return "-" if not share else "<0.01 %" if share < 5e-5 else f"{100 * share:.2f} %"
+
+
+def _table(header: list[str], rows: list[list[str]]) -> list[str]:
+    """Columns as wide as their widest cell: words to the left, numbers to the right."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    left = [any(row[i][:1].isalpha() for row in rows) for i in range(len(header))]
+
+    def line(row: list[str]) -> str:
+        cells = zip(row, widths, left, strict=True)
+        return "  ".join(c.ljust(w) if to_left else c.rjust(w) for c, w, to_left in cells).rstrip()
+
+    return [line(header), line(["-" * width for width in widths]), *(line(row) for row in rows)]
+
+
+if __name__ == "__main__":
+    cli.run(lambda: main(sys.argv[1:]))

@@ -1,0 +1,84 @@
+"""CamVid in the SegNet layout: 11 classes of street scenes, void (11) ignored.
+
+``root`` is the folder called CamVid in SegNet's tutorial, or the one around it::
+
+    CamVid/
+      train/0001TP_006690.png ...       images: any format, 367 in train, 101 in val, 233 in test
+      trainannot/0001TP_006690.png ...  class ids in one channel
+      val/  valannot/  test/  testannot/
+      train.txt  val.txt  test.txt      a line: train/0001TP_006690.png trainannot/0001TP_006690.png
+
+A list's paths are relative to root. Those of the original lists begin with another machine's folder
+(``/SegNet/CamVid/train/...``): the files are then found by folder and stem, whatever their suffix. A split without a
+list is all of its two folders. ``trainval`` is train and val.
+"""
+
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from dfn_fast.data.base import IGNORE, Pair, SegmentationDataset, require_folder
+from dfn_fast.data.pairing import checked_pairs, files_by_stem, pair_by_stem, read_lines
+from dfn_fast.errors import DataError
+
+_CLASSES = (
+    ("sky", (128, 128, 128)),
+    ("building", (128, 0, 0)),
+    ("pole", (192, 192, 128)),
+    ("road", (128, 64, 128)),
+    ("pavement", (60, 40, 222)),
+    ("tree", (128, 128, 0)),
+    ("sign", (192, 128, 128)),
+    ("fence", (64, 64, 128)),
+    ("car", (64, 0, 128)),
+    ("pedestrian", (64, 64, 0)),
+    ("bicyclist", (0, 128, 192)),
+)
+VOID = len(_CLASSES)
+SPLITS = ("train", "val", "test", "trainval")
+COUNTS = {"train": 367, "val": 101, "test": 233, "trainval": 468}
+
+
+class CamVidDataset(SegmentationDataset):
+    """A split of CamVid, by the layout in this file's docstring."""
+
+    name = "camvid"
+    classes = tuple(name for name, _ in _CLASSES)
+    palette = np.array([colour for _, colour in _CLASSES], np.uint8)
+
+    def __init__(self, root: str | Path, split: str):
+        root = Path(root)
+        home = root / "CamVid" if (root / "CamVid").is_dir() else root
+        parts = ("train", "val") if split == "trainval" else (split,)
+        super().__init__([pair for part in parts for pair in _pairs(home, part)], split, home)
+
+    def class_ids(self, raw: np.ndarray, path: Path) -> np.ndarray:
+        return np.where(raw == VOID, np.uint8(IGNORE), raw)
+
+
+def _pairs(home: Path, split: str) -> list[Pair]:
+    list_file = home / f"{split}.txt"
+    if not list_file.is_file():
+        remedy = f"Expected {split}.txt, or the folders {split} and {split}annot, in the root."
+        images = require_folder(home / split, f"the folder of split {split!r}", remedy)
+        labels = require_folder(home / f"{split}annot", f"the folder of the labels of {split!r}", remedy)
+        return pair_by_stem(files_by_stem(images), files_by_stem(labels), home)
+    folders: dict[str, dict[str, Path]] = {}
+    pairs = []
+    for number, line in read_lines(list_file):
+        fields = line.split()
+        if len(fields) != 2:
+            raise DataError(f"{list_file}:{number}: expected an image and a label path, got {line!r}")
+        image, label = (_find(home, PurePosixPath(field), folders) for field in fields)
+        pairs.append(Pair(image, label, image.stem))
+    return checked_pairs(pairs, list_file)
+
+
+def _find(home: Path, listed: PurePosixPath, folders: dict[str, dict[str, Path]]) -> Path:
+    """The listed file, else the one of its folder's name and its stem below ``home``, else where it was expected."""
+    if (home / listed).is_file():
+        return home / listed
+    folder = listed.parent.name
+    if folder not in folders:
+        folders[folder] = files_by_stem(home / folder)
+    return folders[folder].get(listed.stem, home / folder / listed.name)

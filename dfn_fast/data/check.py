@@ -1,0 +1,248 @@
+"""Every file of a data set, read once: what ``python -m dfn_fast.data check`` tells before a training run finds out.
+
+Problems make the exit code 1: files that cannot be read or do not belong together, label values that are no class, and
+an image that is in a training split and in a validation split. Warnings and notes do not.
+"""
+
+import hashlib
+import itertools
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from dfn_fast.data.base import IGNORE, SegmentationDataset
+from dfn_fast.data.files import IMAGE_SUFFIXES, read_label
+from dfn_fast.data.pairing import PairingError
+from dfn_fast.data.registry import build_dataset, find_entry
+from dfn_fast.errors import DataError
+
+_MODES = {  # what is done to an image whose mode is not RGB
+    "greyscale, read as three equal channels": ("1", "L"),
+    "of a palette, read as RGB": ("P",),
+    "with an alpha channel, which is dropped": ("LA", "PA", "RGBA"),
+    "in CMYK, read as RGB": ("CMYK",),
+}
+
+
+class Observation(NamedTuple):
+    """What one sample is found to be; ``size`` and ``pixels`` are None where they cannot be known."""
+
+    size: tuple[int, int] | None  # width, height
+    pixels: np.ndarray | None  # [256] int64: how many pixels have each class id
+    mode: str  # Pillow's name for the image file's channels, "" where there is no such file
+    digest: bytes | None  # of the image file's bytes
+    problems: list[str]
+
+
+@dataclass
+class SplitReport:
+    """What the samples of one split are found to be."""
+
+    split: str
+    names: list[str] = field(default_factory=list)
+    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)  # (width, height) of the images that can be read
+    pixels: np.ndarray = field(default_factory=lambda: np.zeros(256, np.int64))  # by class id
+    digests: dict[bytes, list[str]] = field(default_factory=lambda: defaultdict(list))  # names by content
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def shares(self) -> np.ndarray:
+        """The share of each class id among all pixels, ``[256]``; 0 where no label could be read."""
+        return self.pixels / max(1, self.pixels.sum())
+
+    def size_summary(self) -> dict[str, tuple[int, int]]:
+        """The (width, height) of the images of least, median and most pixels, and the most common one."""
+        if not self.sizes:
+            return {}
+        ordered = sorted(self.sizes.elements(), key=lambda size: size[0] * size[1])
+        return {
+            "smallest": ordered[0],
+            "median": ordered[len(ordered) // 2],
+            "largest": ordered[-1],
+            "most common": self.sizes.most_common(1)[0][0],
+        }
+
+
+@dataclass
+class Report:
+    """What :func:`check` found."""
+
+    dataset: str
+    root: str | None
+    classes: tuple[str, ...]
+    splits: list[SplitReport]
+    problems: list[str]  # between splits
+    notes: list[str]  # between splits
+
+    def all_problems(self) -> list[str]:
+        return [f"{s.split}: {problem}" for s in self.splits for problem in s.problems] + self.problems
+
+    def all_warnings(self) -> list[str]:
+        return [f"{s.split}: {warning}" for s in self.splits for warning in s.warnings]
+
+    def all_notes(self) -> list[str]:
+        return [f"{s.split}: {note}" for s in self.splits for note in s.notes] + self.notes
+
+    def as_json(self) -> dict[str, Any]:
+        """All that was found, in plain types; pixel shares are fractions, class ids are keys."""
+        return {
+            "dataset": self.dataset,
+            "root": self.root,
+            "classes": list(self.classes),
+            "splits": {
+                s.split: {
+                    "images": len(s.names),
+                    "sizes": {f"{w}x{h}": count for (w, h), count in s.sizes.most_common()},
+                    "pixel_share": {str(v): float(s.shares()[v]) for v in np.flatnonzero(s.pixels)},
+                }
+                for s in self.splits
+            },
+            "problems": self.all_problems(),
+            "warnings": self.all_warnings(),
+            "notes": self.all_notes(),
+        }
+
+
+def check(
+    name: str,
+    root: str | Path | None,
+    splits: list[str] | None = None,
+    *,
+    num_classes: int | None = None,
+    classes: str | Path | None = None,
+    workers: int = 2,
+) -> Report:
+    """Reads every sample of the splits, by default the data set's train and val, in ``workers`` threads.
+
+    A split that is not laid out as it should be is a problem of the report; an option that makes no sense raises
+    :class:`ConfigError`.
+    """
+    entry = find_entry(name)
+    asked = splits or [entry.train, entry.val]
+    parts = list(dict.fromkeys(part for split in asked for part in split.split("+")))
+    reports: list[SplitReport] = []
+    class_names: tuple[str, ...] = ()
+    for split in parts:
+        try:
+            dataset = build_dataset(name, root, split, num_classes=num_classes, classes=classes)
+        except DataError as error:
+            problems = error.problems if isinstance(error, PairingError) else [str(error)]
+            reports.append(SplitReport(split, problems=problems))
+            continue
+        class_names = dataset.classes
+        reports.append(check_split(dataset, split, workers, entry.counts.get(split)))
+    problems, notes = overlaps(reports)
+    return Report(name, None if root is None else str(root), class_names, reports, problems, notes)
+
+
+def check_split(dataset: SegmentationDataset, split: str, workers: int, published: int | None) -> SplitReport:
+    """Reads every sample of ``dataset``; ``published`` is the number of images that others have in this split."""
+    report = SplitReport(split, dataset.names())
+    modes: Counter[str] = Counter()
+    only_ignored = 0
+    progress = tqdm(_observe(dataset, workers), split, len(dataset), unit="image")
+    for seen, name in zip(progress, report.names, strict=True):
+        report.problems += seen.problems
+        modes[seen.mode] += 1
+        if seen.size is not None:
+            report.sizes[seen.size] += 1
+        if seen.pixels is not None:
+            report.pixels += seen.pixels
+            only_ignored += bool(seen.pixels[IGNORE] == seen.pixels.sum())
+        if seen.digest is not None:
+            report.digests[seen.digest].append(name)
+    absent = [name for i, name in enumerate(dataset.classes) if not report.pixels[i]]
+    if absent:
+        report.warnings.append(f"classes that no label has: {', '.join(absent)}")
+    report.notes += _notes(report, modes, only_ignored, published)
+    return report
+
+
+def observe(dataset: SegmentationDataset, index: int) -> Observation:
+    """Reads one sample, and goes on after an error: an image and its label may both be wrong."""
+    pair = dataset.pairs[index] if dataset.pairs else None
+    mode, digest = _image_file(pair.image) if pair else ("", None)
+    try:
+        sample = dataset[index]
+    except DataError as error:
+        problems, pixels = [str(error)], None
+        if pair and pair.label.suffix.lower() in IMAGE_SUFFIXES:
+            try:
+                pixels = _histogram(dataset.class_ids(read_label(pair.label), pair.label))
+            except DataError as second:
+                problems += [str(second)] if str(second) != str(error) else []
+        return Observation(None, pixels, mode, digest, problems)
+    if digest is None:
+        digest = hashlib.blake2b(sample.image.tobytes(), digest_size=16).digest()
+    height, width = sample.label.shape
+    return Observation((width, height), _histogram(sample.label), mode, digest, [])
+
+
+def overlaps(reports: list[SplitReport]) -> tuple[list[str], list[str]]:
+    """Problems and notes on what the splits share, two by two, by content and by name."""
+    problems: list[str] = []
+    notes: list[str] = []
+    for a, b in itertools.combinations(reports, 2):
+        same = [names[0] for digest, names in a.digests.items() if digest in b.digests]
+        renamed = set(a.names) & set(b.names) - set(same)
+        if same:
+            text = f"{a.split} and {b.split} share {len(same)} images of identical content: {_first(same)}"
+            (problems if _must_differ(a.split, b.split) else notes).append(text)
+        if renamed and _must_differ(a.split, b.split):
+            notes.append(
+                f"{a.split} and {b.split} share {len(renamed)} names whose images differ: {_first(sorted(renamed))}"
+            )
+    return problems, notes
+
+
+def _must_differ(a: str, b: str) -> bool:
+    """Training splits may contain each other, as trainval contains val; none may meet a split to measure on."""
+    held_out = [("val" in s or "test" in s) and not s.startswith("train") for s in (a, b)]
+    return any(held_out) and "trainval" not in (a, b)
+
+
+def _observe(dataset: SegmentationDataset, workers: int) -> Iterator[Observation]:
+    with ThreadPool(workers) as pool:  # decoding and hashing let other threads run
+        yield from pool.imap(lambda index: observe(dataset, index), range(len(dataset)))
+
+
+def _image_file(path: Path) -> tuple[str, bytes | None]:
+    """Pillow's mode and a hash of the content; "" and None for what cannot be read: reading the sample tells why."""
+    try:
+        digest = hashlib.blake2b(path.read_bytes(), digest_size=16).digest()
+        with Image.open(path) as image:
+            return image.mode, digest
+    except (OSError, SyntaxError, ValueError):
+        return "", None
+
+
+def _histogram(labels: np.ndarray) -> np.ndarray:
+    return np.bincount(labels.ravel(), minlength=256)
+
+
+def _notes(report: SplitReport, modes: Counter[str], only_ignored: int, published: int | None) -> list[str]:
+    notes = []
+    if published not in (None, len(report.names)):
+        notes.append(f"{len(report.names)} images, where the published split has {published}")
+    for what, group in _MODES.items():
+        count = sum(modes[mode] for mode in group)
+        if count:
+            notes.append(f"{count} images {what}")
+    if only_ignored:
+        notes.append(f"{only_ignored} labels are {IGNORE} throughout")
+    twice = [names for names in report.digests.values() if len(names) > 1]
+    if twice:
+        notes.append(f"{len(twice)} images are there more than once: {_first([' = '.join(names) for names in twice])}")
+    return notes
+
+
+def _first(names: list[str], shown: int = 5) -> str:
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")

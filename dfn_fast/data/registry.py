@@ -1,0 +1,176 @@
+"""The data sets by name: what the command lines can be asked for, and how each lies on disk."""
+
+import textwrap
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from dfn_fast.cli import nearest
+from dfn_fast.data import camvid, cityscapes, coco, folder, image_list, voc
+from dfn_fast.data.base import Sample, SegmentationDataset
+from dfn_fast.errors import ConfigError
+
+
+def _tree(module: ModuleType) -> str:
+    """The indented lines of a module's docstring."""
+    lines = (module.__doc__ or "").splitlines()
+    return textwrap.dedent("\n".join(line for line in lines if line.startswith("    ")))
+
+
+def _synthetic(split: str, *, seed: int) -> SegmentationDataset:
+    from dfn_fast.data.synthetic import SyntheticScenes
+
+    return SyntheticScenes(split, seed=seed)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One data set. ``build`` takes root and split if ``needs_root``, else split and ``seed=``."""
+
+    description: str  # one line
+    build: Callable[..., SegmentationDataset]
+    tree: str = ""  # how it lies on disk, for help
+    train: str = "train"  # the splits that are trained and validated on, unless told otherwise
+    val: str = "val"
+    splits: tuple[str, ...] = ()  # all splits; none: they depend on what is in root
+    needs_root: bool = True
+    free_classes: bool = False  # takes num_classes= and classes=
+    counts: Mapping[str, int] = field(default_factory=dict)  # images of the published splits
+
+
+DATASETS: dict[str, Entry] = {
+    "synthetic": Entry(
+        "scenes made on the spot from a seed, nothing to download",
+        _synthetic,
+        splits=("train", "val"),
+        needs_root=False,
+    ),
+    "voc": Entry(
+        "PASCAL VOC 2012, 21 classes, with or without the SBD augmentation",
+        voc.VocDataset,
+        _tree(voc),
+        splits=voc.SPLITS,
+        counts=voc.COUNTS,
+    ),
+    "cityscapes": Entry(
+        "Cityscapes, 19 classes, fine and coarse labels",
+        cityscapes.CityscapesDataset,
+        _tree(cityscapes),
+        splits=cityscapes.SPLITS,
+        counts=cityscapes.COUNTS,
+    ),
+    "camvid": Entry(
+        "CamVid in the SegNet layout, 11 classes",
+        camvid.CamVidDataset,
+        _tree(camvid),
+        splits=camvid.SPLITS,
+        counts=camvid.COUNTS,
+    ),
+    "coco": Entry(
+        "COCO's instances as the 21 VOC classes, for pre-training",
+        coco.CocoDataset,
+        _tree(coco),
+        train="train2017",
+        val="val2017",
+    ),
+    "folder": Entry(
+        "your own folders images/ and masks/, paired by name",
+        folder.FolderDataset,
+        _tree(folder),
+        free_classes=True,
+    ),
+    "list": Entry(
+        "your own text files of image<TAB>label",
+        image_list.ListDataset,
+        _tree(image_list),
+        free_classes=True,
+    ),
+}
+
+
+class JoinedDataset(SegmentationDataset):
+    """Several splits of one data set as one; names that repeat get their split in front, as in ``train_coarse/...``."""
+
+    def __init__(self, parts: list[SegmentationDataset]):
+        self.parts = parts
+        self.name, self.classes, self.palette = parts[0].name, parts[0].classes, parts[0].palette
+        self._places = [(part, index) for part in parts for index in range(len(part))]
+        names = [name for part in parts for name in part.names()]
+        if len(set(names)) < len(names):
+            names = [f"{part.split}/{name}" for part in parts for name in part.names()]
+        self._names = names
+        self.pairs = [pair for part in parts for pair in part.pairs]
+        self.split, self.where = "+".join(part.split for part in parts), parts[0].where
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def names(self) -> list[str]:
+        return list(self._names)
+
+    def __getitem__(self, index: int) -> Sample:
+        part, place = self._places[index]
+        return part[place]._replace(name=self._names[index])
+
+
+def find_entry(name: str) -> Entry:
+    if name not in DATASETS:
+        raise ConfigError(f"data set {name!r} is not one of {', '.join(DATASETS)}" + nearest(name, DATASETS))
+    return DATASETS[name]
+
+
+def build_dataset(
+    name: str,
+    root: str | Path | None,
+    split: str,
+    *,
+    num_classes: int | None = None,
+    classes: str | Path | None = None,
+    seed: int = 0,
+) -> SegmentationDataset:
+    """A split of the data set ``name``, or several joined by ``+`` as in ``"train+train_extra"``.
+
+    ``num_classes`` and ``classes`` (a file) say what ``folder`` and ``list`` hold; ``seed`` is that of ``synthetic``.
+    Raises :class:`ConfigError` for an unknown name or split and a root that is missing, and :class:`DataError` for a
+    root that is not laid out as ``DATASETS[name].tree`` shows.
+    """
+    entry = find_entry(name)
+    folder_path = _root(name, entry, root)
+    options: dict[str, Any] = {}
+    if entry.free_classes:
+        options = {"num_classes": num_classes, "classes": classes}
+    elif classes is not None:
+        raise ConfigError(f"--classes {classes}: data set {name!r} has classes of its own; leave the option out")
+    splits = split.split("+")
+    for part in splits:
+        if entry.splits and part not in entry.splits:
+            known = ", ".join(entry.splits)
+            raise ConfigError(f"data set {name!r} has no split {part!r}, it has {known}" + nearest(part, entry.splits))
+    if len(set(splits)) < len(splits):
+        raise ConfigError(f"split {split!r} names a part twice")
+    if folder_path is None:
+        parts = [entry.build(part, seed=seed) for part in splits]
+    else:
+        parts = [entry.build(folder_path, part, **options) for part in splits]
+    if num_classes not in (None, parts[0].num_classes):
+        raise ConfigError(
+            f"--num-classes {num_classes}: data set {name!r} has {parts[0].num_classes}; leave the option out"
+        )
+    return parts[0] if len(parts) == 1 else JoinedDataset(parts)
+
+
+def _root(name: str, entry: Entry, root: str | Path | None) -> Path | None:
+    if not entry.needs_root:
+        if root is not None:
+            others = ", ".join(other for other, e in DATASETS.items() if e.needs_root)
+            raise ConfigError(f"--root {root}: data set {name!r} has no files; name one that has: {others}")
+        return None
+    layout = f"expected the folder of data set {name!r}:\n{textwrap.indent(entry.tree, '  ')}"
+    if root is None:
+        raise ConfigError(f"--root is missing; {layout}")
+    path = Path(root).expanduser()
+    if not path.is_dir():
+        raise ConfigError(f"--root {path}: no such folder; {layout}")
+    return path

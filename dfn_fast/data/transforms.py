@@ -1,0 +1,110 @@
+"""From a sample to what the network trains on: scale, crop, flip and border target; then, on the device, normalisation.
+
+Evaluation needs no transform: images go to :func:`normalize` at their own size.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+from dfn_fast.border import border_targets, check_width
+from dfn_fast.data.base import IGNORE
+from dfn_fast.errors import ConfigError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # RGB, of values in 0..1
+IMAGENET_STD = (0.229, 0.224, 0.225)
+PAD_COLOUR = tuple(round(255 * mean) for mean in IMAGENET_MEAN)
+MIN_CROP = 32
+
+
+@dataclass(frozen=True)
+class TrainTransform:
+    """Random scale, crop and flip of image and label together, and the border target of the result.
+
+    Where the scaled image is smaller than the crop, it lies at a random place in it; the rest is ``PAD_COLOUR`` in
+    the image and 255 in label and border.
+    """
+
+    crop: tuple[int, int]  # height, width
+    scales: tuple[float, ...]  # one is drawn for each sample
+    flip: bool  # mirror every other sample, left to right
+    border_width: int  # in pixels of the crop
+
+    def __post_init__(self):
+        if min(self.crop) < MIN_CROP:
+            raise ConfigError(
+                f"crop {self.crop[0]}x{self.crop[1]}: expected at least {MIN_CROP}x{MIN_CROP}, the network's largest "
+                "stride; choose a larger crop, images smaller than it are padded"
+            )
+        if not self.scales or not all(0 < scale < float("inf") for scale in self.scales):
+            raise ConfigError(f"scales {self.scales}: expected one or more positive numbers, such as 0.5 1 1.5")
+        check_width(self.border_width)
+
+    def __call__(
+        self, image: np.ndarray, label: np.ndarray, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """``[H, W, 3]`` and ``[H, W]`` uint8 -> image, label and border target of the crop's size, contiguous."""
+        # All that is random is drawn here, in an order that does not depend on the sample.
+        scale = self.scales[rng.integers(len(self.scales))]
+        place = rng.random(2)
+        flip = self.flip and rng.random() < 0.5
+        if scale != 1:
+            image, label = rescale(image, label, scale)
+        image, label = crop_or_pad(image, label, self.crop, place)
+        if flip:
+            image, label = np.ascontiguousarray(image[:, ::-1]), np.ascontiguousarray(label[:, ::-1])
+        return image, label, border_targets(label, self.border_width)
+
+
+def rescale(image: np.ndarray, label: np.ndarray, scale: float) -> tuple[np.ndarray, np.ndarray]:
+    """Both at ``scale`` times their size, bilinear and nearest. Pixel ``j`` covers ``[j, j + 1]`` in both."""
+    height, width = label.shape
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    image = cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)
+    # INTER_NEAREST takes the pixel's corner for its centre, which would shift labels by up to half a pixel.
+    return image, cv2.resize(label, size, interpolation=cv2.INTER_NEAREST_EXACT)
+
+
+def crop_or_pad(
+    image: np.ndarray, label: np.ndarray, crop: tuple[int, int], place: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """New arrays of the crop's size. ``place``, in [0, 1) for y and x, chooses among all positions alike, be it the
+    crop's in the image or the image's in the crop."""
+    source, target = [], []
+    for size, length, at in zip(label.shape, crop, place, strict=True):
+        position = int(at * (abs(size - length) + 1))
+        start, offset = (position, 0) if size >= length else (0, position)
+        source.append(slice(start, start + length))
+        target.append(slice(offset, offset + min(size, length)))
+    part = tuple(source)
+    if label.shape[0] >= crop[0] and label.shape[1] >= crop[1]:
+        return image[part].copy(), label[part].copy()
+    padded = np.empty((*crop, 3), np.uint8), np.full(crop, IGNORE, np.uint8)
+    padded[0][:] = PAD_COLOUR
+    padded[0][tuple(target)], padded[1][tuple(target)] = image[part], label[part]
+    return padded
+
+
+def normalize(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """``(images / 255 - mean) / std`` with ImageNet's mean and standard deviation.
+
+    ``[B, 3, H, W]`` RGB uint8 of any layout -> the same shape in ``dtype``, channels_last, on the images' device.
+    Raises ``ValueError`` for another shape or dtype: values in 0..1 would pass for a black image.
+    """
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"normalize expects uint8 images [B, 3, H, W], got {images.dtype} {list(images.shape)}")
+    arithmetic = torch.float64 if dtype == torch.float64 else torch.float32
+    scale, shift = _scale_and_shift(images.device, arithmetic)
+    x = images.to(arithmetic, memory_format=torch.channels_last)
+    return torch.addcmul(shift, x, scale).to(dtype, memory_format=torch.channels_last)
+
+
+@lru_cache(maxsize=16)
+def _scale_and_shift(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """``x * scale + shift``, kept on the device: a copy to it for every batch would wait for its stream."""
+    mean, std = (torch.tensor(v, dtype=torch.float64).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    return (1 / (255 * std)).to(device, dtype), (-mean / std).to(device, dtype)

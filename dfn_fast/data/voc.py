@@ -1,0 +1,107 @@
+"""PASCAL VOC 2012: 20 classes and background, with or without the SBD augmentation.
+
+``root`` is VOC2012, VOCdevkit or the folder around it::
+
+    VOCdevkit/VOC2012/
+      JPEGImages/2007_000032.jpg ...
+      SegmentationClass/2007_000032.png ...     splits train (1,464), val (1,449), trainval (2,913)
+      SegmentationClassAug/2007_000032.png ...  split train_aug (10,582)
+      ImageSets/Segmentation/{train,val,trainval}.txt, and train_aug.txt where there is one
+
+``train_aug.txt`` may also lie in VOC2012 itself; without it, ``train_aug`` is all of SegmentationClassAug less val.
+``python -m dfn_fast.data convert-sbd SBD_ROOT VOC_ROOT`` makes both from SBD's ``.mat`` files. A line of a list is an
+id, or "image label" with paths below VOC2012.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from dfn_fast.data.base import Pair, SegmentationDataset, require_folder
+from dfn_fast.data.pairing import checked_pairs, files_by_stem, read_lines
+from dfn_fast.errors import DataError
+
+VOC_CLASSES = (
+    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
+    "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+)  # fmt: skip
+SPLITS = ("train", "val", "trainval", "train_aug")
+COUNTS = {"train": 1464, "val": 1449, "trainval": 2913, "train_aug": 10582}
+
+
+def voc_palette(num_classes: int) -> np.ndarray:
+    """VOC's colours, ``[num_classes, 3]`` RGB uint8: the id's bits go to R, G and B in turn, highest bits first."""
+    ids = np.arange(num_classes)
+    palette = np.zeros((num_classes, 3), np.uint8)
+    for bit in range(8):
+        channel, place = bit % 3, 7 - bit // 3
+        palette[:, channel] |= ((ids >> bit & 1) << place).astype(np.uint8)
+    return palette
+
+
+class VocDataset(SegmentationDataset):
+    """A split of VOC 2012, by the layout in this file's docstring."""
+
+    name = "voc"
+    classes = VOC_CLASSES
+    palette = voc_palette(len(VOC_CLASSES))
+
+    def __init__(self, root: str | Path, split: str):
+        home = find_voc(Path(root))
+        if split == "train_aug":
+            pairs = _augmented(home)
+        else:
+            pairs = listed_pairs(home, segmentation_list(home, split), "SegmentationClass")
+        super().__init__(checked_pairs(pairs, home), split, home)
+
+
+def find_voc(root: Path) -> Path:
+    """The VOC2012 folder at or below ``root``."""
+    for home in (root, root / "VOC2012", root / "VOCdevkit" / "VOC2012"):
+        if (home / "JPEGImages").is_dir():
+            return home
+    raise DataError(
+        f"{root}: expected JPEGImages in it, in its VOC2012 or in its VOCdevkit/VOC2012; "
+        "give the folder of the unpacked VOCtrainval_11-May-2012.tar as root"
+    )
+
+
+def segmentation_list(home: Path, split: str) -> Path:
+    return home / "ImageSets" / "Segmentation" / f"{split}.txt"
+
+
+def listed_pairs(home: Path, list_file: Path, label_folder: str) -> list[Pair]:
+    """The pairs that a list names, by ids or by "image label" paths."""
+    pairs = []
+    for number, line in read_lines(list_file):
+        fields = line.split()
+        if len(fields) == 1:
+            image, label = home / "JPEGImages" / f"{line}.jpg", home / label_folder / f"{line}.png"
+        elif len(fields) == 2:
+            image, label = (_below(home, field) for field in fields)
+        else:
+            raise DataError(f"{list_file}:{number}: expected an image id, or an image and a label path, got {line!r}")
+        pairs.append(Pair(image, label, image.stem))
+    return pairs
+
+
+def _below(home: Path, field: str) -> Path:
+    """DeepLab's lists write ``/JPEGImages/a.jpg`` for a path below VOC2012."""
+    return Path(field) if Path(field).is_file() and Path(field).is_absolute() else home / field.lstrip("/")
+
+
+def _augmented(home: Path) -> list[Pair]:
+    labels = require_folder(
+        home / "SegmentationClassAug",
+        "the folder of the augmented labels",
+        f"Make it from SBD with: python -m dfn_fast.data convert-sbd SBD_ROOT {home}",
+    )
+    for list_file in (segmentation_list(home, "train_aug"), home / "train_aug.txt"):
+        if list_file.is_file():
+            return listed_pairs(home, list_file, labels.name)
+    val = {pair.name for pair in listed_pairs(home, segmentation_list(home, "val"), "SegmentationClass")}
+    return [
+        Pair(home / "JPEGImages" / f"{stem}.jpg", path, stem)
+        for stem, path in files_by_stem(labels).items()
+        if stem not in val
+    ]

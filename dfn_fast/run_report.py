@@ -1,0 +1,118 @@
+"""What a training run shows: validation, pictures, summary, TensorBoard."""
+
+import platform
+import sys
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from dfn_fast.data.base import SegmentationDataset
+from dfn_fast.errors import ConfigError
+from dfn_fast.evaluate import Report, evaluate
+from dfn_fast.inference import Predictor
+from dfn_fast.interrupt import StopRequest
+from dfn_fast.run_folder import RunFolder
+from dfn_fast.training import Trainer
+from dfn_fast.visualize import plot_curves, prediction_sheet
+
+if TYPE_CHECKING:
+    from dfn_fast.train import Run
+
+SHEET_ROWS = 4
+
+
+def predictor_of(trainer: Trainer) -> Predictor:
+    """One scale, no flip, whole images, in the precision of the training."""
+    amp = {torch.bfloat16: "bf16", torch.float16: "fp16", None: "off"}[trainer.amp]
+    return Predictor(trainer.model, device=trainer.device, amp=amp)
+
+
+def validate(trainer: Trainer, dataset: SegmentationDataset, stop: StopRequest) -> Report:
+    """Metrics of the network as it stands. Raises ``Stopped`` between two images on request."""
+    return evaluate(predictor_of(trainer), dataset, boundary=False, on_image=stop.raise_if_requested)
+
+
+def draw(trainer: Trainer, dataset: SegmentationDataset, folder: RunFolder) -> None:
+    """curves.png, and predictions.png for a few images spread over the split."""
+    plot_curves(folder.metrics(), folder.path / "curves.png")
+    predictor = predictor_of(trainer)
+    rows = []
+    for index in np.unique(np.linspace(0, len(dataset) - 1, SHEET_ROWS).astype(int)):
+        sample = dataset[int(index)]
+        border = predictor.border(sample.image) if trainer.model.has_border else None
+        rows.append((sample.image, sample.label, predictor(sample.image), border))
+    prediction_sheet(rows, dataset.classes, dataset.palette, folder.path / "predictions.png")
+
+
+def summarise(run: "Run", checkpoint: str) -> dict[str, Any]:
+    """The content of summary.json; mIoU as fractions, seconds of training without validation."""
+    position = run.position
+    return {
+        "best_mean_iou": position.best_mean_iou,
+        "last_mean_iou": position.last_mean_iou,
+        "per_class_iou": dict(zip(run.val_set.classes, position.per_class_iou, strict=True)),
+        "images_per_second": run.images_per_second,
+        "seconds": position.seconds,
+        "iterations": position.iteration,
+        "peak_memory_bytes": peak_memory_bytes(run.device),
+        "split": f"{run.config.data} {run.config.val_split}",
+        "scales": [1.0],
+        "flip": False,
+        "window": None,
+        "parameters": sum(p.numel() for p in run.trainer.model.parameters()),
+        "versions": versions(),
+        "device": device_name(run.device),
+        "checkpoint": checkpoint,
+    }
+
+
+def versions() -> dict[str, str]:
+    from dfn_fast import __version__
+
+    return {"dfn_fast": __version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu, {torch.get_num_threads()} threads"
+
+
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """Allocated by PyTorch on a GPU, resident of the whole process on a CPU; None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class TensorBoard:
+    """Scalars to TensorBoard where the run asks for it; a context manager that closes the file."""
+
+    def __init__(self, folder: Any, enabled: bool):
+        self.writer = None
+        if enabled:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise ConfigError("--tensorboard needs the package: pip install tensorboard") from error
+            self.writer = SummaryWriter(str(folder))
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Every number of a line of metrics.jsonl."""
+        if self.writer is not None:
+            for name, value in record.items():
+                if isinstance(value, float):
+                    self.writer.add_scalar(f"{record['kind']}/{name}", value, record["iteration"])
+
+    def __enter__(self) -> "TensorBoard":
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self.writer is not None:
+            self.writer.close()

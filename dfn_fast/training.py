@@ -1,0 +1,223 @@
+"""The parts of a training run: optimiser, schedule, step, and the state that makes a resumed run end with the same bits."""
+
+import contextlib
+import random
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from dfn_fast.config import TrainConfig
+from dfn_fast.data.loader import Batch
+from dfn_fast.data.transforms import normalize
+from dfn_fast.errors import ConfigError, UserError
+from dfn_fast.losses import SigmoidFocalLoss
+from dfn_fast.reference import ReferenceDFN
+
+AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class NonFiniteLoss(UserError):
+    """The loss is nan or infinite; the text names the iteration and the images."""
+
+
+def choose_device(name: str) -> torch.device:
+    """``"auto"``: CUDA where there is one, else the CPU; a device that is not there is an error."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"--device {name!r} is no device; write cuda, cuda:1, cpu or auto") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"--device {name}: PyTorch finds {torch.cuda.device_count()} CUDA devices here; use cpu or auto"
+        )
+    return device
+
+
+def choose_amp(name: str, device: torch.device) -> torch.dtype | None:
+    """The dtype of autocast, or None for float32."""
+    if name == "auto":
+        name = "bf16" if device.type == "cuda" else "off"
+    if name == "fp16" and device.type == "cpu":
+        raise ConfigError("--amp fp16 needs a GPU; on a CPU use --amp bf16 or off")
+    return AMP_DTYPES.get(name)
+
+
+def build_model(config: TrainConfig, num_classes: int) -> ReferenceDFN:
+    """The network of ``config``, with ImageNet or DFN weights where it asks for them."""
+    from dfn_fast.checkpoint import load_weights
+
+    focal = SigmoidFocalLoss(config.focal_alpha, config.focal_gamma, torchseg=config.focal == "torchseg")
+    model = ReferenceDFN(
+        num_classes,
+        aux_criterion=focal,
+        alpha=config.border_weight,
+        pretrained_model=config.pretrained,
+        **config.model_settings(),
+    )
+    if config.weights is not None:
+        load_weights(model, config.weights, strict=config.strict)
+    return model
+
+
+def parameter_groups(model: ReferenceDFN, config: TrainConfig) -> list[dict[str, Any]]:
+    """Groups for SGD: backbone and new layers, each with its weights apart from its norm layers and biases."""
+    groups = []
+    for modules, factor in (([model.backbone], 1.0), (model.business_layer, config.new_layer_lr)):
+        weights: list[Tensor] = []
+        others: list[Tensor] = []
+        for module in (m for top in modules for m in top.modules()):
+            for name, parameter in module.named_parameters(recurse=False):
+                plain = isinstance(module, _BatchNorm) or name == "bias"
+                (others if plain else weights).append(parameter)
+        groups.append({"params": weights, "lr_factor": factor, "weight_decay": config.weight_decay})
+        decay = config.weight_decay if config.decay_norm_and_bias else 0.0
+        groups.append({"params": others, "lr_factor": factor, "weight_decay": decay})
+    return groups
+
+
+def poly(iteration: int, iterations: int, power: float) -> float:
+    """The poly policy's factor of the learning rate at ``iteration`` (from 0)."""
+    return (1 - iteration / iterations) ** power
+
+
+class Trainer:
+    """Network, optimiser and scaler on a device, and one optimiser step as a call.
+
+    ``step(batches)`` averages the gradients of ``config.accumulate`` batches and returns their mean loss, a scalar on
+    the device: reading it is the caller's choice.
+    """
+
+    def __init__(self, model: ReferenceDFN, config: TrainConfig, iterations: int, device: torch.device):
+        self.config, self.iterations, self.device = config, iterations, device
+        self.amp = choose_amp(config.amp, device)
+        self.model = model.to(device)
+        if config.channels_last:
+            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.network: nn.Module = self.model
+        if config.compile:
+            self.network = torch.compile(self.model)  # type: ignore[assignment]
+        self.optimizer = torch.optim.SGD(
+            parameter_groups(self.model, config), lr=config.lr, momentum=config.momentum, foreach=True
+        )
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp == torch.float16)
+
+    def step(self, batches: Iterable[Batch], iteration: int) -> Tensor:
+        """One optimiser step, number ``iteration`` (from 0) of the run."""
+        self.model.train()
+        self.set_lr(iteration)
+        losses = []
+        for batch in batches:
+            images, labels, borders = (x.to(self.device, non_blocking=True) for x in batch[:3])
+            with self.autocast():
+                loss = self.network(normalize(images), labels, borders)
+            self.scaler.scale(loss / self.config.accumulate).backward()
+            losses.append(loss.detach())
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return torch.stack(losses).mean()
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        return torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None)
+
+    def set_lr(self, iteration: int) -> None:
+        """The poly policy, for every group."""
+        for group in self.optimizer.param_groups:
+            factor = poly(iteration, self.iterations, self.config.power)
+            group["lr"] = self.config.lr * group["lr_factor"] * factor
+
+    @property
+    def lr(self) -> float:
+        """The backbone's learning rate in the last step."""
+        return self.optimizer.param_groups[0]["lr"]
+
+    def require_finite_weights(self, iteration: int) -> None:
+        """Raises :class:`NonFiniteLoss` where a weight is nan or infinite: such a network is never saved."""
+        norms = torch._foreach_norm([p.detach() for p in self.model.parameters()])
+        if not torch.isfinite(torch.stack(norms)).all():
+            raise NonFiniteLoss(
+                f"the weights are no longer finite after iteration {iteration}; lower --lr or use --amp off"
+            )
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the trainer."""
+        return {
+            "model": {name: tensor.contiguous() for name, tensor in self.model.state_dict().items()},
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "random": random_state(),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continues from :meth:`state`."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        set_random_state(state["random"])
+
+
+def seed_everything(seed: int, deterministic: bool) -> None:
+    """Seeds PyTorch, NumPy and Python; ``deterministic`` asks for deterministic algorithms, and warns where none is."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+
+
+def random_state() -> dict[str, Any]:
+    """The state of every random generator in the process, as tensors and plain values that ``weights_only`` loads."""
+    version, words, gauss = random.getstate()
+    name, keys, *rest = np.random.get_state(legacy=True)
+    state = {
+        "python": [version, list(words), gauss],
+        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """The inverse of :func:`random_state`; generators of other devices than today's are left alone."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+class LossWatch:
+    """Losses that stay on the device until they are read, with the images that each came from.
+
+    Reading waits for the device, so it is done every few iterations there; a loss that is not finite is found then.
+    """
+
+    def __init__(self):
+        self.pending: list[tuple[int, Tensor, list[str]]] = []
+
+    def add(self, iteration: int, loss: Tensor, names: list[str]) -> None:
+        self.pending.append((iteration, loss, names))
+
+    def read(self) -> list[float]:
+        """The losses since the last call. Raises :class:`NonFiniteLoss` with iteration and images."""
+        if not self.pending:
+            return []
+        losses = torch.stack([loss for _, loss, _ in self.pending]).tolist()
+        for value, (iteration, _, names) in zip(losses, self.pending, strict=True):
+            if not np.isfinite(value):
+                raise NonFiniteLoss(
+                    f"the loss is {value} at iteration {iteration + 1}; the images were {', '.join(names)}. "
+                    "Lower --lr, use --amp off or bf16, or look at these images and labels"
+                )
+        self.pending.clear()
+        return losses

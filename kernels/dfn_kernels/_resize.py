@@ -1,0 +1,59 @@
+"""Bilinear resizing with ``align_corners=True`` by integers, for kernels.
+
+Pixel ``j`` of ``full`` lies at ``j * (small - 1) / (full - 1)`` of ``small``: the quotient is the index, the
+remainder over ``full - 1`` the weight of the next pixel. Exact at any size, and alike forward and backward.
+"""
+
+import torch
+from torch import Tensor
+
+from dfn_kernels._triton import tl, triton
+
+
+@triton.jit
+def source(j, small, full):
+    """Index, next index and the remainder (0 .. full - 2, the next one's weight times ``full - 1``) of pixel j."""
+    last = tl.maximum(full - 1, 1)
+    position = j * (small - 1)
+    index = position // last
+    return index, tl.minimum(index + 1, small - 1), position - index * last
+
+
+@triton.jit
+def first_target(i, small, full):
+    """The first pixel of ``full`` that lies at or after pixel ``i`` of ``small``; full where none does.
+
+    The pixels between small rows ``i`` and ``i + 1`` are ``first_target(i) ... first_target(i + 1) - 1``; the last
+    row, ``small - 1``, owns the last pixel.
+    """
+    step = tl.maximum(small - 1, 1)
+    target = (i * (full - 1) + step - 1) // step
+    return tl.where(((small == 1) | (full == 1)) & (i > 0), full, tl.minimum(target, full))
+
+
+def resize_matrix(small: int, full: int) -> Tensor:
+    """The resize as a float64 matrix ``[full, small]``: ``resized = matrix @ x``. For definitions and tests."""
+    matrix = torch.zeros(full, small, dtype=torch.float64)
+    last = max(full - 1, 1)
+    for j in range(full):
+        index, remainder = divmod(j * (small - 1), last)
+        matrix[j, index] += 1 - remainder / last
+        if remainder:
+            matrix[j, index + 1] += remainder / last
+    return matrix
+
+
+@triton.jit
+def mean_weight(i, small, full):
+    """The weight of pixel ``i`` of ``small`` in the mean over its resized ``full`` pixels, times ``full`` and
+    ``full - 1``: an integer (int64). The column sums of the resize matrix, in closed form."""
+    before = first_target(tl.maximum(i - 1, 0), small, full)
+    begin = first_target(i, small, full)
+    end = first_target(i + 1, small, full)
+    i, n = i.to(tl.int64), (small - 1).to(tl.int64)
+    last = tl.maximum(full - 1, 1).to(tl.int64)
+    previous, here = (begin - before).to(tl.int64), (end - begin).to(tl.int64)
+    previous_sum, here_sum = (before + begin - 1) * previous // 2, (begin + end - 1) * here // 2
+    rising = n * previous_sum - previous * last * (i - 1)
+    falling = here * last * (i + 1) - n * here_sum
+    return rising + falling

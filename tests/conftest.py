@@ -1,0 +1,31 @@
+"""Fixtures of the whole suite. Without a GPU, kernels run in Triton's interpreter; uninitialised memory reads as NaN."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+# Before any kernel module is imported: Triton decides at decoration whether it interprets.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+    os.environ.setdefault("DFN_KERNELS", "torch")  # the kernels' own tests choose theirs
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def poison_uninitialised_memory():
+    """An element that nothing wrote cannot pass a test."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def camvid_root() -> Path:
+    """The real CamVid images; a test that wants them is skipped where they are not."""
+    root = Path(os.environ.get("DFN_CAMVID", ROOT.parent / "shared" / "data" / "camvid"))
+    if not (root / "train.txt").exists():
+        pytest.skip(f"CamVid is not at {root}; name its folder in DFN_CAMVID")
+    return root

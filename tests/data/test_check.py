@@ -1,0 +1,239 @@
+"""``python -m dfn_fast.data``: what it finds, prints and returns."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dfn_fast import cli
+from dfn_fast.data.__main__ import main
+from dfn_fast.data.check import check
+from dfn_fast.data.registry import DATASETS
+from dfn_fast.errors import ConfigError
+
+
+def noise(*shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+@pytest.fixture
+def folder(tmp_path, write):
+    """train: t0..t3, val: v0 and v1; all images differ; 0, 1 and 255 take a half, 3/8 and 1/8 of each label."""
+    label = np.array([[0, 0, 0, 0, 1, 1, 1, 255]] * 6, np.uint8)
+    for seed, name in enumerate(["train/t0", "train/t1", "train/t2", "train/t3", "val/v0", "val/v1"]):
+        split, stem = name.split("/")
+        write(f"{split}/images/{stem}.png", noise(6, 8, 3, seed=seed))
+        write(f"{split}/masks/{stem}.png", label)
+    write("classes.txt", "sky\nroad\n")
+    return tmp_path
+
+
+def run(*arguments, capsys):
+    code = main([str(a) for a in arguments])
+    return code, capsys.readouterr().out
+
+
+def test_good_data(folder, capsys):
+    code, out = run("check", "folder", "--root", folder, capsys=capsys)
+    assert code == 0
+    table = [line.split() for line in out.splitlines()]
+    assert ["train", "4", "8x6", "(4", "images)", "8x6", "8x6", "8x6", "12.50", "%"] in table
+    assert ["0", "sky", "50.00", "%", "50.00", "%"] in table
+    assert ["1", "road", "37.50", "%", "37.50", "%"] in table
+    assert ["255", "ignored", "12.50", "%", "12.50", "%"] in table
+    assert out.rstrip().endswith("Nothing is wrong.")
+    assert "Warning" not in out
+    assert "Note" not in out
+
+
+def test_every_bad_file_is_named(folder, write, capsys):
+    whole = (folder / "train/images/t0.png").read_bytes()
+    write("train/images/t0.png", whole[: len(whole) // 2])
+    write("train/masks/t0.png", noise(6, 8, 3))  # both files of t0
+    write("train/masks/t1.png", np.zeros((8, 6), np.uint8))
+    write("train/masks/t2.png", np.array([[0, 1, 1, 1, 1, 1, 7, 7]] * 6, np.uint8))
+    write("val/masks/v0.png", noise(6, 8, 3))  # an image that is fine
+    code, out = run("check", "folder", "--root", folder, "--json", folder / "r.json", capsys=capsys)
+    assert code == 1
+    report = json.loads((folder / "r.json").read_text())
+    expected = [
+        "train/images/t0.png: this image is damaged", "masks/t0.png: expected a label with one 8-bit channel",
+        "masks/t1.png: expected a label of the image's size", "masks/t2.png: label values [7] are no class",
+    ]  # fmt: skip
+    assert len(report["problems"]) == len(expected)
+    for problem, text in zip(report["problems"], expected, strict=True):
+        assert text in problem
+        assert problem in out
+    assert "Problems (5):" in out
+    assert out.rstrip().endswith("5 problems found")
+    # t1's 48 pixels of 0, t2's 6, 30 and 12 of 0, 1 and 7, t3's 24, 18 and 6 of 0, 1 and 255: what can be read counts
+    shares = {value: round(share * 144) for value, share in report["splits"]["train"]["pixel_share"].items()}
+    assert shares == {"0": 78, "1": 48, "7": 12, "255": 6}
+    assert ["7", "NO", "CLASS", "8.33", "%", "-"] in [line.split() for line in out.splitlines()]
+    assert report["splits"]["train"]["sizes"] == {"8x6": 1}
+
+
+def test_files_without_a_partner_are_all_told_up_to_twenty(folder, capsys):
+    for i in range(25):
+        (folder / f"train/images/x{i:02}.png").write_bytes(b"")
+    code, out = run("check", "folder", "--root", folder, "--json", folder / "r.json", capsys=capsys)
+    assert code == 1
+    assert "Problems (25):" in out
+    assert out.count("no label of this stem") == 20
+    assert "and 5 more; --json FILE writes them all" in out
+    assert len(json.loads((folder / "r.json").read_text())["problems"]) == 25
+
+
+def test_sizes(folder, write, capsys):
+    for name, (h, w) in {"t0": (2, 30), "t1": (40, 50), "t2": (3, 3)}.items():  # t3 has 8 x 6 = 48 pixels
+        write(f"train/images/{name}.png", noise(h, w, 3))
+        write(f"train/masks/{name}.png", np.zeros((h, w), np.uint8))
+    write("train/images/t4.png", noise(3, 3, 3, seed=9))
+    write("train/masks/t4.png", np.zeros((3, 3), np.uint8))
+    _, out = run("check", "folder", "--root", folder, "--split", "train", capsys=capsys)
+    row = ["train", "5", "3x3", "(2", "images)", "3x3", "8x6", "50x40"]
+    assert row in [line.split()[: len(row)] for line in out.splitlines()]
+
+
+def test_an_image_in_train_and_val_is_wrong(folder, write):
+    write("val/images/v1.png", (folder / "train/images/t2.png").read_bytes())
+    report = check("folder", folder)
+    assert report.problems == ["train and val share 1 images of identical content: t2"]
+
+
+def test_a_name_in_train_and_val_is_a_note(folder):
+    for kind in ("images", "masks"):
+        (folder / "val" / kind / "v0.png").rename(folder / "val" / kind / "t3.png")
+    report = check("folder", folder)
+    assert report.all_problems() == []
+    assert report.notes == ["train and val share 1 names whose images differ: t3"]
+
+
+def test_training_splits_may_share_images(tmp_path, write_pair):
+    for split, name in (("train", "a"), ("val", "b")):
+        write_pair(f"{split}/{name}.png", f"{split}annot/{name}.png")
+    report = check("camvid", tmp_path, ["train", "val", "trainval"])
+    assert report.all_problems() == []
+    assert any("train and trainval share 1 images" in note for note in report.notes)
+    assert any("val and trainval share 1 images" in note for note in report.notes)
+
+
+def test_classes_that_never_occur_are_a_warning(folder, write, capsys):
+    write("classes.txt", "sky\nroad\nsea\nice\n")
+    code, out = run("check", "folder", "--root", folder, capsys=capsys)
+    assert code == 0
+    assert "Warnings (2):" in out
+    assert "train: classes that no label has: sea, ice" in out
+
+
+def test_notes(folder, write):
+    write("train/images/t0.png", noise(6, 8))
+    write("train/images/t1.png", noise(6, 8, 4))
+    write("train/masks/t2.png", np.full((6, 8), 255, np.uint8))
+    write("train/images/t3.png", (folder / "train/images/t2.png").read_bytes())
+    report = check("folder", folder, ["train"])
+    assert report.all_problems() == []
+    assert report.all_notes() == [
+        "train: 1 images greyscale, read as three equal channels",
+        "train: 1 images with an alpha channel, which is dropped",
+        "train: 1 labels are 255 throughout",
+        "train: 1 images are there more than once: t2 = t3",
+    ]
+
+
+def test_other_count_than_the_published_is_a_note(tmp_path, write_pair):
+    write_pair("val/a.png", "valannot/a.png")
+    report = check("camvid", tmp_path, ["val"])
+    assert "val: 1 images, where the published split has 101" in report.all_notes()
+
+
+def test_joined_splits_are_checked_one_by_one(folder):
+    assert [s.split for s in check("folder", folder, ["train+val", "train"]).splits] == ["train", "val"]
+
+
+def test_empty_and_missing_folders_are_problems(tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    code, out = run("check", "folder", "--root", tmp_path, "--num-classes", "2", capsys=capsys)
+    assert code == 1
+    assert "masks: the folder of the masks is not there" in out
+    (tmp_path / "masks").mkdir()
+    code, out = run("check", "folder", "--root", tmp_path, "--num-classes", "2", capsys=capsys)
+    assert code == 1
+    assert "split 'train' of data set 'folder' has no images" in out
+
+
+def test_threads_give_the_same_report(folder):
+    assert check("folder", folder, workers=1).as_json() == check("folder", folder, workers=4).as_json()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--split", "tain"], "no split 'tain' there, known are train, val; did you mean train"),
+        (["--num-classes", "5"], "--num-classes 5"),
+        (["--workers", "0"], "--workers 0: expected at least 1"),
+        (["--json", "/nowhere/r.json"], "--json /nowhere/r.json: its folder does not exist"),
+    ],
+)
+def test_wrong_options(folder, arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        main(["check", "folder", "--root", str(folder), *arguments])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["chek"], "did you mean check"),
+        (["check", "camvd"], "did you mean camvid"),
+        (["check", "camvid", "--rot", "x"], "unknown option --rot; did you mean --root"),
+        (["list", "--all"], "unknown option --all"),
+    ],
+)
+def test_misspelt_words(arguments, message, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_missing_root_exits_with_2(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.run(lambda: main(["check", "voc"]))
+    assert exit_.value.code == 2
+    assert "error: --root is missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["list"], ["--help"]])
+def test_layouts_are_shown(arguments, capsys):
+    try:
+        main(arguments)
+    except SystemExit as exit_:
+        assert exit_.code == 0  # noqa: PT017
+    out = capsys.readouterr().out
+    for name, entry in DATASETS.items():
+        assert f"\n{name}: {entry.description}" in f"\n{out}"
+        assert all(line in out for line in entry.tree.splitlines())
+
+
+def test_as_a_module(folder):
+    """Report on stdout, progress on stderr."""
+    root = Path(__file__).resolve().parents[2]
+    command = [sys.executable, "-m", "dfn_fast.data", "check", "folder", "--root", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, env={**os.environ}, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "4/4" in done.stderr
+    assert "2/2" in done.stderr
+    assert "Nothing is wrong." in done.stdout
+    assert "4/4" not in done.stdout
+
+
+def test_camvid(camvid_root, capsys):
+    code, out = run("check", "camvid", "--root", camvid_root, capsys=capsys)
+    assert code == 0
+    assert "367" in out
+    assert "101" in out
+    assert "Note" not in out

@@ -1,0 +1,156 @@
+"""COCO's instances as VOC classes, from small annotation files."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from dfn_fast.data.coco import CocoDataset
+from dfn_fast.data.voc import VOC_CLASSES
+from dfn_fast.errors import ConfigError, DataError
+
+# pycocotools 2.0.11 with NumPy 2
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+# Some of COCO's 80, with its ids: all whose names differ from VOC's, one that does not, and one that VOC lacks.
+CATEGORIES = {
+    1: "person", 4: "motorcycle", 5: "airplane", 52: "banana", 63: "couch", 64: "potted plant", 67: "dining table",
+    72: "tv",
+}  # fmt: skip
+VOC_NAMES = {
+    1: "person", 4: "motorbike", 5: "aeroplane", 63: "sofa", 64: "pottedplant", 67: "diningtable", 72: "tvmonitor",
+}  # fmt: skip
+
+
+def box(x, y, w, h):
+    return [[x, y, x + w, y, x + w, y + h, x, y + h]]
+
+
+def instance(image, category, segmentation, area, crowd=0):
+    return {
+        "image_id": image, "category_id": category, "segmentation": segmentation, "area": area, "iscrowd": crowd,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def coco(tmp_path, write):
+    """``coco(instances)`` writes a val2017 with image 1 of 60 x 50 and image 2 of 60 x 50."""
+    pytest.importorskip("pycocotools")
+
+    def coco(instances):
+        images = [{"id": i, "file_name": f"{i:012}.jpg", "width": 60, "height": 50} for i in (1, 2)]
+        categories = [{"id": i, "name": name} for i, name in CATEGORIES.items()]
+        content = {"images": images, "annotations": instances, "categories": categories}
+        write("annotations/instances_val2017.json", json.dumps(content))
+        for image in images:
+            write(f"val2017/{image['file_name']}", np.zeros((50, 60, 3), np.uint8))
+        return tmp_path
+
+    return coco
+
+
+@pytest.mark.parametrize("category", VOC_NAMES)
+def test_categories_go_by_name(coco, category):
+    dataset = CocoDataset(coco([instance(1, category, box(0, 0, 40, 40), 1600)]), "val2017")
+    label = dataset[0].label
+    assert VOC_CLASSES[label[20, 20]] == VOC_NAMES[category]
+    assert label[45, 50] == 0
+    assert np.count_nonzero(label) == 1600
+
+
+def test_smaller_instances_lie_on_top_and_crowds_below(coco):
+    rows = np.zeros((50, 60), np.uint8)
+    rows[:, :30] = 1
+    counts = [0, 30 * 50, 30 * 50]  # column by column: no 0s, then 1,500 1s, then 1,500 0s
+    root = coco(
+        [
+            instance(1, 64, box(5, 5, 10, 10), 100),  # the smallest first in the file, yet on top
+            instance(1, 1, box(0, 0, 40, 40), 1600),
+            instance(1, 1, {"counts": counts, "size": [50, 60]}, 1500, crowd=1),
+            instance(1, 52, box(50, 0, 10, 50), 500),  # a banana is background
+        ]
+    )
+    label = CocoDataset(root, "val2017")[0].label
+    expected = np.zeros((50, 60), np.uint8)
+    expected[:, :30] = 255
+    expected[:40, :40] = VOC_CLASSES.index("person")
+    expected[5:15, 5:15] = VOC_CLASSES.index("pottedplant")
+    np.testing.assert_array_equal(label, expected)
+
+
+def test_compressed_code(coco):
+    from pycocotools import mask
+
+    wanted = np.zeros((50, 60), np.uint8, order="F")
+    wanted[3:45, 7:59] = 1
+    code = mask.encode(wanted)
+    code["counts"] = code["counts"].decode()
+    label = CocoDataset(coco([instance(1, 5, code, 2184)]), "val2017")[0].label
+    np.testing.assert_array_equal(label, wanted * VOC_CLASSES.index("aeroplane"))
+
+
+@pytest.mark.parametrize(
+    ("instances", "names"),
+    [
+        ([(1, 1, 1001, 0), (2, 1, 1000, 0)], ["000000000001"]),  # more than 1,000 labelled pixels
+        ([(1, 52, 2000, 0), (2, 1, 2000, 0)], ["000000000002"]),  # a banana does not count
+        ([(1, 1, 2000, 1), (2, 1, 600, 0), (2, 5, 600, 0)], ["000000000002"]),  # a crowd neither; instances add up
+    ],
+)
+def test_images_that_count(coco, instances, names):
+    root = coco([instance(i, category, box(0, 0, 9, 9), area, crowd) for i, category, area, crowd in instances])
+    assert CocoDataset(root, "val2017").names() == names
+
+
+def test_images_folder(coco):
+    root = coco([instance(1, 1, box(0, 0, 40, 40), 1600)])
+    (root / "images").mkdir()
+    (root / "val2017").rename(root / "images" / "val2017")
+    assert CocoDataset(root, "val2017")[0].image.shape == (50, 60, 3)
+    (root / "images" / "val2017").rename(root / "away")
+    with pytest.raises(DataError, match="val2017: the folder of the images is not there"):
+        CocoDataset(root, "val2017")
+
+
+def test_errors_name_the_file(coco, write):
+    root = coco([instance(1, 1, box(0, 0, 40, 40), 1600)])
+    with pytest.raises(ConfigError, match="no split 'train2017', it has val2017"):
+        CocoDataset(root, "train2017")
+    (root / "val2017" / "000000000001.jpg").unlink()
+    with pytest.raises(DataError, match=r"000000000001\.jpg: this image does not exist"):
+        CocoDataset(root, "val2017")
+    write("val2017/000000000001.jpg", np.zeros((50, 61, 3), np.uint8))
+    with pytest.raises(DataError, match=r"61x50.*got 60x50"):
+        CocoDataset(root, "val2017")[0]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"images": []}'])
+def test_annotations_of_something_else(coco, write, content):
+    root = coco([])
+    write("annotations/instances_val2017.json", content)
+    with pytest.raises(DataError, match=r"instances_val2017\.json: expected COCO's instances"):
+        CocoDataset(root, "val2017")
+
+
+def test_no_annotations(tmp_path):
+    pytest.importorskip("pycocotools")
+    with pytest.raises(DataError, match=r"annotations: no instances_\*\.json there"):
+        CocoDataset(tmp_path, "val2017")
+
+
+def test_broken_segmentation_is_named(coco):
+    root = coco([instance(1, 1, {"counts": 5}, 1600)])
+    with pytest.raises(DataError, match=r"instances_val2017\.json: image 000000000001\.jpg: a segmentation"):
+        CocoDataset(root, "val2017")[0]
+
+
+def test_no_image_counts(coco):
+    with pytest.raises(DataError, match=r"split 'val2017' .* has no images"):
+        CocoDataset(coco([]), "val2017")
+
+
+def test_missing_package_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pycocotools", None)
+    with pytest.raises(ConfigError, match="pip install pycocotools"):
+        CocoDataset(tmp_path, "val2017")

@@ -1,0 +1,204 @@
+"""The training loader: what it draws follows from the seed alone, and its workers leave signals to the main process."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+
+from dfn_fast.data.base import Sample, SegmentationDataset
+from dfn_fast.data.loader import TrainLoader
+from dfn_fast.data.transforms import TrainTransform
+from dfn_fast.errors import ConfigError, DataError
+
+
+class Numbers(SegmentationDataset):
+    """Small noisy images, the number in each pixel's last channel; ``broken`` ones are errors."""
+
+    name = "numbers"
+    classes = ("a", "b", "c")
+
+    def __init__(self, length=11, broken=()):
+        self.length, self.broken, self.split = length, broken, "train"
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        if index in self.broken:
+            raise DataError(f"images/{index}.png: this image is damaged; copy or download it again")
+        rng = np.random.default_rng(index)
+        image = rng.integers(0, 256, (40, 44, 3), dtype=np.uint8)
+        image[..., 2] = index
+        return Sample(image, rng.integers(0, 3, (40, 44), dtype=np.uint8), f"{index}.png")
+
+
+TRANSFORM = TrainTransform((32, 36), (1.0, 1.5), True, 3)
+
+
+def loader(dataset=None, batch_size=2, seed=7, workers=0):
+    return TrainLoader(dataset or Numbers(), TRANSFORM, batch_size=batch_size, seed=seed, workers=workers)
+
+
+def equal(left, right):
+    return left.names == right.names and all(torch.equal(a, b) for a, b in zip(left[:3], right[:3], strict=True))
+
+
+def assert_same(left, right):
+    assert len(left) == len(right) > 0
+    assert all(equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batch_is_what_the_network_takes(workers):
+    (batch, *_) = list(loader(batch_size=3, workers=workers).epoch(0))
+    assert batch.images.shape == (3, 3, 32, 36)
+    assert batch.images.is_contiguous(memory_format=torch.channels_last)
+    assert batch.labels.shape == batch.borders.shape == (3, 32, 36)
+    assert {t.dtype for t in batch[:3]} == {torch.uint8}
+    # Channels are where they belong: the last one holds the number that the name has.
+    assert [int(image[2, 16, 18]) for image in batch.images] == [int(name[:-4]) for name in batch.names]
+
+
+def test_samples_are_transformed_with_a_generator_of_their_own():
+    dataset = Numbers()
+    batch = next(loader(dataset, seed=5).epoch(4))
+    for i, name in enumerate(batch.names):
+        index = int(name[:-4])
+        rng = np.random.default_rng(np.random.SeedSequence(5, spawn_key=(4, index)))
+        image, label, border = TRANSFORM(*dataset[index][:2], rng)
+        np.testing.assert_array_equal(batch.images[i].permute(1, 2, 0), image)
+        np.testing.assert_array_equal(batch.labels[i], label)
+        np.testing.assert_array_equal(batch.borders[i], border)
+
+
+def test_an_epoch_has_each_sample_once_and_drops_others_each_time():
+    loading = loader(batch_size=3)
+    assert len(loading) == 3
+    dropped = []
+    for epoch in range(6):
+        batches = list(loading.epoch(epoch))
+        assert len(batches) == 3
+        names = [name for batch in batches for name in batch.names]
+        assert len(set(names)) == 9
+        dropped.append({f"{i}.png" for i in range(11)} - set(names))
+    assert len(set().union(*dropped)) > 4
+
+
+def test_workers_do_not_change_what_is_drawn():
+    alone, helped = loader(), loader(workers=2)
+    for epoch in (0, 1, 0):
+        assert_same(list(alone.epoch(epoch)), list(helped.epoch(epoch)))
+
+
+def test_spawned_workers_draw_the_same():
+    method = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("spawn", force=True)
+    try:
+        assert_same(list(loader(workers=1).epoch(2)), list(loader().epoch(2)))
+    finally:
+        multiprocessing.set_start_method(method, force=True)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_start_gives_the_rest_of_the_epoch(workers):
+    whole = list(loader().epoch(3))
+    loading = loader(workers=workers)
+    for start in (1, 4):
+        assert_same(list(loading.epoch(3, start)), whole[start:])
+    assert not list(loading.epoch(3, len(loading)))
+
+
+def test_an_epoch_left_early_does_not_leak_into_the_next():
+    expected = list(loader().epoch(1))
+    loading = loader(workers=2)
+    for _ in range(3):
+        batches = loading.epoch(0)
+        next(batches)
+    assert_same(list(loading.epoch(1)), expected)
+
+
+def test_epochs_and_seeds_differ():
+    def draw(seed, epoch):
+        return {name: image for b in loader(seed=seed).epoch(epoch) for name, image in zip(b.names, b.images, strict=True)}
+
+    first, epoch, seed = draw(7, 0), draw(7, 1), draw(8, 0)
+    for other in (epoch, seed):
+        assert list(first) != list(other)
+        both = set(first) & set(other)
+        assert sum(torch.equal(first[name], other[name]) for name in both) <= 1
+
+
+def test_the_global_random_states_are_left_alone():
+    for workers in (0, 1):
+        loading = loader(workers=workers)
+        state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
+        list(loading.epoch(0))
+        assert torch.equal(torch.get_rng_state(), state)
+        np.testing.assert_array_equal(np.random.get_state()[1], numpy_state)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_broken_file_is_named_without_a_workers_traceback(workers):
+    loading = loader(Numbers(broken=(4,)), workers=workers)
+    for _ in range(2):  # the loader outlives the error
+        with pytest.raises(DataError, match=r"^images/4\.png: this image is damaged; copy or download it again$"):
+            list(loading.epoch(0))
+    del loading
+    assert not multiprocessing.active_children()  # nothing holds the loader
+
+
+def test_a_batch_larger_than_the_data_set_is_refused():
+    with pytest.raises(ConfigError, match=r"batch size 12 .* 11 images of split 'train' of data set 'numbers'.*at most"):
+        loader(batch_size=12)
+    assert len(loader(batch_size=11)) == 1
+
+
+@pytest.mark.parametrize(("option", "text"), [({"batch_size": 0}, "batch size"), ({"seed": -1}, "seed")])
+def test_wrong_options_are_refused(option, text):
+    with pytest.raises(ConfigError, match=text):
+        loader(**option)
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="other systems' workers end on SIGTERM")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_workers_leave_signals_to_the_main_process(number):
+    loading = loader(workers=2)
+    expected = list(loader().epoch(0))
+    batches = loading.epoch(0)
+    drawn = [next(batches)]
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    # From another process, as a terminal or a scheduler sends it.
+    subprocess.run(["kill", f"-{number.value}", *(str(worker.pid) for worker in workers)], check=True)
+    drawn += list(batches)
+    assert_same(drawn, expected)
+    assert all(worker.is_alive() for worker in workers)
+    assert multiprocessing.active_children() == workers
+
+
+def test_workers_end_with_the_main_process(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent("""
+            import multiprocessing
+            from test_loader import loader
+            batches = loader(workers=2).epoch(0)
+            next(batches)
+            print(*(child.pid for child in multiprocessing.active_children()))
+        """)
+    )
+    path = os.pathsep.join([os.path.dirname(__file__), os.getcwd()])
+    command = [sys.executable, script]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
+    assert len(done.stdout.split()) == 2
+    for worker in done.stdout.split():
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(worker), 0)

@@ -1,0 +1,143 @@
+import dataclasses
+import json
+
+import pytest
+
+from dfn_fast.config import RECIPES, TrainConfig, load_config, recipe
+from dfn_fast.errors import ConfigError
+from dfn_fast.options import new_config, overrides, parser, resumed_config
+
+
+def parse(*words):
+    return parser().parse_args(list(words))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("preset", ["paper", "torchseg"])
+def test_every_recipe_survives_its_file(name, preset, tmp_path):
+    config = recipe(name, preset)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(config.to_dict()))
+    assert load_config(file) == config
+
+
+def test_recipes_have_the_published_numbers():
+    paper, torchseg = recipe("voc"), recipe("voc", "torchseg")
+    assert (paper.lr, paper.power, paper.momentum, paper.weight_decay) == (4e-3, 0.9, 0.9, 1e-4)
+    assert (paper.batch_size, paper.crop, paper.scales) == (32, (512, 512), (0.5, 0.75, 1, 1.5, 1.75))
+    assert (paper.border_weight, paper.focal_alpha, paper.focal_gamma) == (0.1, 0.25, 2)
+    assert (torchseg.lr, torchseg.new_layer_lr, torchseg.focal) == (8e-4, 10, "torchseg")
+    assert recipe("cityscapes").crop == (800, 800)
+
+
+@pytest.mark.parametrize(
+    ("words", "changes"),
+    [
+        (["--lr", "0.5"], {"lr": 0.5}),
+        (["--crop", "96"], {"crop": (96, 96)}),
+        (["--crop", "96x128"], {"crop": (96, 128)}),
+        (["--scales", "0.5", "2"], {"scales": (0.5, 2.0)}),
+        (["--no-flip"], {"flip": False}),
+        (["--deterministic"], {"deterministic": True}),
+        (["--iterations", "7"], {"iterations": 7}),
+        (["--no-border"], {"border": False}),
+        (["--root", "somewhere"], {"root": "somewhere"}),
+    ],
+)
+def test_an_option_changes_its_field_alone(words, changes):
+    assert new_config(parse("camvid", *words)) == dataclasses.replace(recipe("camvid"), **changes)
+
+
+def test_every_field_is_an_option():
+    text = parser().format_help()
+    for field in dataclasses.fields(TrainConfig):
+        if field.name != "recipe":
+            assert f"--{field.name.replace('_', '-')}" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--weight-decai", "1"], "unknown option --weight-decai; did you mean --weight-decay?"),
+        (["--lr=1", "--chanels=4"], "unknown option --chanels=4; did you mean --channels?"),
+        (["--backbone", "resnet110"], "did you mean resnet101?"),
+        (["--crop", "big"], "'big' is no size"),
+        (["--batch-size", "two"], "--batch-size"),
+    ],
+)
+def test_a_misspelt_option_names_the_nearest(words, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(*words)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"crop": (31, 64)}, "--crop 31x64 is too small"),
+        ({"batch_size": 1}, "--batch-size 2 or more"),
+        ({"batch_size": 0}, "--batch-size must be at least 1"),
+        ({"scales": ()}, "--scales must be positive"),
+        ({"scales": (1.0, -1.0)}, "--scales must be positive"),
+        ({"border_width": 4}, "--border-width must be odd"),
+        ({"lr": float("nan")}, "--lr must be at least 0"),
+        ({"amp": "fp8"}, "--amp must be one of"),
+    ],
+)
+def test_a_wrong_value_names_the_option(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig(**changes)
+
+
+def test_a_batch_of_one_is_allowed_without_global_context():
+    assert TrainConfig(batch_size=1, global_context=False).batch_size == 1
+
+
+def test_an_unknown_recipe_names_the_nearest():
+    with pytest.raises(ConfigError, match="unknown recipe 'citiscapes'.*did you mean cityscapes"):
+        recipe("citiscapes")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"learning_rte": 1}', "unknown field"),
+        ('{"weigth_decay": 1}', "did you mean weight_decay"),
+        ('{"crop": [96]}', "field 'crop' expects"),
+        ('{"epochs": 1.5}', "field 'epochs' expects int"),
+        ('{"flip": 1}', "field 'flip' expects bool"),
+        ("[]", "an object of fields"),
+        ("{", "expected a run's config.json"),
+    ],
+)
+def test_a_wrong_configuration_file_is_named(text, message, tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=message) as error:
+        load_config(file)
+    assert str(file) in str(error.value)
+
+
+def test_a_run_starts_from_another_runs_configuration(tmp_path):
+    config = recipe("camvid", "torchseg")
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**config.to_dict(), "output_dir": "runs/first"}))
+    again = new_config(parse("--config", str(file), "--epochs", "3"))
+    assert again == dataclasses.replace(config, epochs=3, output_dir=None)
+    with pytest.raises(ConfigError, match="takes the place of RECIPE"):
+        new_config(parse("voc", "--config", str(file)))
+
+
+def test_resuming_refuses_what_would_change_the_result():
+    saved = recipe("camvid")
+    assert resumed_config(saved, parse("camvid", "--workers", "7")).workers == 7
+    assert resumed_config(saved, parse("--lr", str(saved.lr))) == saved
+    with pytest.raises(ConfigError, match=r"--lr 0.5 differs from the run that --resume continues"):
+        resumed_config(saved, parse("--lr", "0.5"))
+    with pytest.raises(ConfigError, match="is of recipe 'camvid', not 'voc'"):
+        resumed_config(saved, parse("voc"))
+
+
+def test_only_what_was_given_overrides():
+    assert overrides(parse("voc", "--resume", "--stop-after", "3")) == {}

@@ -1,0 +1,311 @@
+"""Predictions as files: names, sizes, palettes, the formats of the servers, and what happens to bad input."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dfn_fast import cli, predict
+from dfn_fast.checkpoint import save_atomic
+from dfn_fast.data.cityscapes import CityscapesDataset
+from dfn_fast.data.files import read_image, read_label, write_image
+from dfn_fast.data.voc import VocDataset
+from dfn_fast.errors import CheckpointError, ConfigError, DataError, UserError
+from dfn_fast.inference import Predictor
+from dfn_fast.predict import main
+from dfn_fast.reference import ReferenceDFN
+from dfn_fast.visualize import overlay
+
+CLASSES = ["ground", "thing", "other"]
+PALETTE = np.array([[9, 9, 9], [200, 0, 0], [0, 0, 200]], np.uint8)
+
+
+def picture(seed, height=40, width=52):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3)).astype(np.uint8)
+
+
+def small_network(num_classes, border=True):
+    torch.manual_seed(0)
+    return ReferenceDFN(
+        num_classes, backbone="resnet18", stem="conv7", channels=8, border_channels=4, border=border
+    ).eval()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return small_network(3)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty current folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def saved(model, tmp_path_factory):
+    """A training checkpoint of ``model``."""
+    path = tmp_path_factory.mktemp("checkpoint") / "best.pth"
+    config = {"num_classes": 3, "backbone": "resnet18", "stem": "conv7", "channels": 8, "border_channels": 4}
+    names = {"classes": CLASSES, "palette": PALETTE.tolist(), "dataset": "folder"}
+    save_atomic({"format": 1, "model": model.state_dict(), "model_config": config, **names}, path)
+    return path
+
+
+@pytest.fixture
+def checkpoint(saved, here):
+    """That checkpoint as an argument, in an empty current folder."""
+    return str(saved)
+
+
+@pytest.fixture
+def bare(here):
+    """``bare(num_classes)`` writes bare weights, as an argument."""
+
+    def write(num_classes, border=True):
+        torch.save(small_network(num_classes, border).state_dict(), "bare.pth")
+        return "bare.pth"
+
+    return write
+
+
+def files(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in Path(folder).rglob("*") if path.is_file())
+
+
+def run(*arguments):
+    return main([*map(str, arguments), "--device", "cpu"])
+
+
+def test_image_gives_labels_overlay_and_legend(checkpoint, model, capsys):
+    image = picture(0, 37, 61)
+    write_image("street.one.png", image)
+    assert run(checkpoint, "street.one.png", "--output-dir", "out", "--scales", 1, 1.5, "--flip") == 0
+    assert files("out") == ["legend.png", "street.one.png", "street.one_overlay.png"]
+    labels = Predictor(model, scales=(1, 1.5), flip=True)(image)
+    np.testing.assert_array_equal(read_label("out/street.one.png"), labels)
+    assert len(np.unique(labels)) > 1
+    with Image.open("out/street.one.png") as written:
+        assert written.mode == "P"
+        np.testing.assert_array_equal(np.array(written.getpalette()).reshape(-1, 3)[:3], PALETTE)
+    np.testing.assert_array_equal(read_image("out/street.one_overlay.png"), overlay(image, labels, PALETTE, 0.5))
+    assert "1 image, " in capsys.readouterr().out
+
+
+def test_options_of_the_pictures(checkpoint, model):
+    image = picture(0)
+    write_image("a.png", image)
+    assert run(checkpoint, "a.png", "--output-dir", "one", "--no-overlay", "--border") == 0
+    assert files("one") == ["a.png", "a_border.png", "legend.png"]
+    border = read_label("one/a_border.png")
+    np.testing.assert_array_equal(border, np.rint(255 * Predictor(model).border(image)))
+    assert run(checkpoint, "a.png", "--output-dir", "two", "--alpha", "0") == 0
+    np.testing.assert_array_equal(read_image("two/a_overlay.png"), image)
+
+
+def test_folders_are_read_in_depth_and_kept_in_the_names(checkpoint):
+    for name in ("photos/a.png", "photos/night/a.png", "photos/night/b.jpg", "photos/.hidden/c.png"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        write_image(name, picture(1))
+    Path("photos/notes.md").write_text("not an image")
+    assert run(checkpoint, "photos", "--output-dir", "photos/out", "--no-overlay") == 0
+    expected = ["a.png", "legend.png", "night/a.png", "night/b.png"]
+    assert files("photos/out") == expected
+    assert run(checkpoint, "photos", "--output-dir", "photos/out", "--no-overlay") == 0  # its results are no input
+    assert files("photos/out") == expected
+
+
+def test_list_of_paths_relative_to_the_list_and_absolute(checkpoint, here):
+    for name in ("lists/my photos/a b.png", "here.png", "lists/c.png", "d.png"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        write_image(name, picture(2))
+    Path("lists/val.txt").write_text(
+        f"# comment\nmy photos/a b.png\n\nhere.png labels/here.png\nc.png\tlabels/c.png\n{here}/d.png\n"
+    )
+    assert run(checkpoint, "lists/val.txt", "--output-dir", "out", "--no-overlay") == 0
+    assert files("out") == ["c.png", "d.png", "here.png", "legend.png", "my photos/a b.png"]
+
+
+def test_missing_entry_of_a_list_names_the_line(checkpoint):
+    Path("val.txt").write_text("\nnowhere.png\n")
+    with pytest.raises(ConfigError, match=r"val\.txt:2: nowhere\.png"):
+        run(checkpoint, "val.txt", "--output-dir", "out")
+
+
+@pytest.mark.parametrize(
+    ("names", "inputs"),
+    [
+        (("one/a.png", "two/a.jpg"), ("one/a.png", "two/a.jpg")),
+        (("one/a.png", "two/a.png"), ("one", "two")),
+        (("a.png", "a_overlay.jpg"), ("a.png", "a_overlay.jpg")),
+        (("legend.png",), ("legend.png",)),
+    ],
+)
+def test_results_of_one_name_are_an_error_before_work(checkpoint, names, inputs):
+    for name in names:
+        Path(name).parent.mkdir(exist_ok=True)
+        write_image(name, picture(0))
+    with pytest.raises(ConfigError, match="both give"):
+        run(checkpoint, *inputs, "--output-dir", "out")
+    assert not Path("out").exists()
+
+
+def test_same_file_name_in_two_folders_below_one_input_is_no_conflict(checkpoint):
+    for name in ("in/one/a.png", "in/two/a.png"):
+        Path(name).parent.mkdir(parents=True)
+        write_image(name, picture(len(name)))
+    assert run(checkpoint, "in", "--output-dir", "out", "--no-overlay") == 0
+    assert files("out") == ["legend.png", "one/a.png", "two/a.png"]
+
+
+def test_a_result_never_replaces_an_image(checkpoint):
+    Path("in").mkdir()
+    write_image("in/a.png", picture(0))
+    before = Path("in/a.png").read_bytes()
+    with pytest.raises(ConfigError, match="would replace an image"):
+        run(checkpoint, "in/a.png", "--output-dir", "in")
+    with pytest.raises(ConfigError, match="input folder"):
+        run(checkpoint, "in", "--output-dir", "in")
+    assert Path("in/a.png").read_bytes() == before
+    assert files("in") == ["a.png"]
+
+
+def test_broken_file_is_named_and_the_others_are_done(checkpoint, capsys):
+    Path("in").mkdir()
+    for i in range(3):
+        write_image(f"in/{i}.png", picture(i))
+    Path("in/1.png").write_bytes(Path("in/1.png").read_bytes()[:500])
+    assert run(checkpoint, "in", "--output-dir", "out", "--no-overlay") == 1
+    assert files("out") == ["0.png", "2.png", "legend.png"]
+    errors = capsys.readouterr().err
+    assert "skipped: in/1.png" in errors
+    assert "1 of 3 images failed:\n  in/1.png" in errors
+
+
+def test_image_that_does_not_fit_into_memory_is_named_too(checkpoint, monkeypatch, capsys):
+    for name in ("a.png", "b.png"):
+        write_image(name, picture(0))
+
+    def full(self, image):
+        raise UserError("does not fit")
+
+    monkeypatch.setattr(Predictor, "__call__", full)
+    assert run(checkpoint, "a.png", "b.png", "--output-dir", "out") == 1
+    assert "2 of 2 images failed:\n  a.png: does not fit\n  b.png: does not fit" in capsys.readouterr().err
+
+
+def test_full_disk_stops_with_a_message(checkpoint, monkeypatch):
+    write_image("a.png", picture(0))
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(predict, "write_label", full)
+    with pytest.raises(UserError, match=r"--output-dir out: .*No space left"):
+        run(checkpoint, "a.png", "--output-dir", "out")
+
+
+def test_skip_existing_leaves_finished_images_alone(checkpoint, capsys):
+    Path("in").mkdir()
+    for i in range(3):
+        write_image(f"in/{i}.png", picture(i))
+    assert run(checkpoint, "in", "--output-dir", "out") == 0
+    Path("out/1_overlay.png").unlink()
+    for path in Path("out").glob("*.png"):
+        os.utime(path, (0, 0))
+    assert run(checkpoint, "in", "--output-dir", "out", "--skip-existing") == 0
+    assert "2 of 3 images" in capsys.readouterr().out
+    rewritten = sorted(path.name for path in Path("out").glob("[0-9]*.png") if path.stat().st_mtime > 0)
+    assert rewritten == ["1.png", "1_overlay.png"]
+    assert run(checkpoint, "in", "--output-dir", "out", "--skip-existing") == 0
+    assert "3 of 3 images" in capsys.readouterr().out
+
+
+def test_output_folder_that_cannot_be_written_is_an_error_before_work(checkpoint):
+    write_image("a.png", picture(0))
+    Path("file").write_text("")
+    for folder in ("file", "file/below"):
+        with pytest.raises(ConfigError, match=f"--output-dir {folder} cannot be written"):
+            run("missing.pth", "a.png", "--output-dir", folder)  # not even the checkpoint is read
+
+
+def test_voc_format(bare):
+    Path("in/deep").mkdir(parents=True)
+    write_image("in/deep/2008_000006.jpg", picture(0))
+    assert run(bare(21), "in", "--output-dir", "out", "--format", "voc") == 0
+    name = "results/VOC2012/Segmentation/comp6_test_cls/2008_000006.png"
+    assert files("out") == [name]
+    labels = Predictor(small_network(21))(read_image("in/deep/2008_000006.jpg"))
+    np.testing.assert_array_equal(read_label(f"out/{name}"), labels)
+    with Image.open(f"out/{name}") as written:
+        palette = np.array(written.getpalette()).reshape(-1, 3)
+    np.testing.assert_array_equal(palette[:21], VocDataset.palette)
+
+
+def test_cityscapes_format_writes_label_ids(bare):
+    Path("in/berlin").mkdir(parents=True)
+    image = picture(0)
+    write_image("in/berlin/berlin_000000_000019_leftImg8bit.png", image)
+    assert run(bare(19), "in", "--output-dir", "out", "--format", "cityscapes") == 0
+    assert files("out") == ["berlin_000000_000019_pred.png"]
+    written = Image.open("out/berlin_000000_000019_pred.png")
+    assert written.mode == "L"
+    label_ids = np.array([7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33])
+    np.testing.assert_array_equal(np.array(written), label_ids[Predictor(small_network(19))(image)])
+    assert len(CityscapesDataset.classes) == 19
+
+
+def test_cityscapes_format_wants_names_of_frames(bare):
+    write_image("a.png", picture(0))
+    with pytest.raises(ConfigError, match=r"a\.png: --format cityscapes expects names like"):
+        run(bare(19), "a.png", "--output-dir", "out", "--format", "cityscapes")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--format", "voc"], r"network of 21 classes, .*best\.pth has 3"),
+        (["--format", "voc", "--border"], "--border"),
+        (["--alpha", "2"], "--alpha 2"),
+        (["--window", "8"], "window"),
+    ],
+)
+def test_wrong_options_are_user_errors(checkpoint, options, message):
+    write_image("a.png", picture(0))
+    with pytest.raises(ConfigError, match=message):
+        run(checkpoint, "a.png", "--output-dir", "out", *options)
+
+
+def test_border_of_a_network_without_one_is_an_error(bare):
+    write_image("a.png", picture(0))
+    with pytest.raises(ConfigError, match="Border Network"):
+        run(bare(3, border=False), "a.png", "--output-dir", "out", "--border")
+
+
+def test_inputs_that_are_not_there_are_errors(checkpoint):
+    Path("empty").mkdir()
+    for name in ("missing", "empty"):
+        with pytest.raises(ConfigError, match=name):
+            run(checkpoint, name, "--output-dir", "out")
+    write_image("a.png", picture(0))
+    with pytest.raises(CheckpointError, match=r"missing\.pth"):
+        run("missing.pth", "a.png", "--output-dir", "out")
+
+
+def test_misspelt_format_names_the_nearest(checkpoint, capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.run(lambda: main([checkpoint, "a.png", "--output-dir", "out", "--format", "cityscape"]))
+    assert left.value.code == 2
+    assert "did you mean cityscapes?" in capsys.readouterr().err
+
+
+def test_image_with_two_files_of_one_stem_is_an_error(checkpoint):
+    Path("in").mkdir()
+    write_image("in/a.png", picture(0))
+    write_image("in/a.jpg", picture(0))
+    with pytest.raises(DataError, match="same stem"):
+        run(checkpoint, "in", "--output-dir", "out")
