@@ -66,7 +66,7 @@ def class_edges(label: np.ndarray) -> np.ndarray:
         box = around(cv2.boundingRect(mask), 2)
         edges[box] |= cv2.Canny(mask[box], 1, 1, apertureSize=3, L2gradient=True) & 1
     # Canny is blind where structures of a pixel or two cancel in its Sobel filter, as on a checkerboard.
-    missed = touches_another(label) & (cv2.dilate(edges, np.ones((3, 3), np.uint8)) ^ 1)
+    missed = touches_another(label) & (cv2.dilate(edges, np.ones((3, 3), np.uint8)) == 0)
     return edges | missed
 
 

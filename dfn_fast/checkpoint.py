@@ -154,11 +154,11 @@ def state_dict_of(content: Mapping[str, Any], where: str = "the checkpoint") -> 
     """The state dict in a checkpoint's content, bare or below one of ``STATE_DICT_KEYS``, under plain names: without
     the ``module.`` of (Distributed)DataParallel and the ``_orig_mod.`` of ``torch.compile``, however they are nested.
     """
+    for key in STATE_DICT_KEYS:
+        if isinstance(content.get(key), Mapping):
+            return state_dict_of(content[key], where)
     tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
     if not tensors:
-        for key in STATE_DICT_KEYS:
-            if isinstance(content.get(key), Mapping):
-                return state_dict_of(content[key], where)
         found = ", ".join(map(str, list(content)[:SHOWN])) or "nothing"
         raise CheckpointError(
             f"{where}: expected a state dict, bare or below {', '.join(map(repr, STATE_DICT_KEYS))}; found {found}"

@@ -1,4 +1,4 @@
-"""What all command lines share: help that can be read, the nearest option for a misspelt one, errors without traceback."""
+"""What all command lines share: readable help, the nearest option for a misspelt one, errors without a traceback."""
 
 import argparse
 import difflib
@@ -63,6 +63,9 @@ def run(main: Callable[[], int | None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
     except BrokenPipeError:
         code = 141  # the reader of our output has gone, as in `... | head`
         sys.stderr.close()

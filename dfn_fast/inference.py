@@ -172,9 +172,12 @@ class Predictor:
         """The scaled image, normalised, ``[1, 3, h, w]`` in the model's dtype and on its device."""
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(f"expected an RGB image [H, W, 3] of uint8, got {image.dtype} {list(image.shape)}")
-        smallest = MIN_SIZE if self.preset == "mean" else 1  # torchseg pads all that is small to its window
-        height, width = (max(round(scale * side), min(smallest, side)) for side in image.shape[:2])
-        if (height, width) != image.shape[:2]:
+        sides = [round(scale * side) for side in image.shape[:2]]
+        if self.preset == "torchseg" and min(sides) > 0:
+            # By factor, not by size: that is another grid where a side was rounded.
+            image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_LINEAR)
+        elif scale != 1:
+            height, width = (max(side, min(MIN_SIZE, old)) for side, old in zip(sides, image.shape[:2], strict=True))
             image = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
         dtype = next(self.model.parameters()).dtype
         return normalize(torch.tensor(image, device=self.device).permute(2, 0, 1)[None], dtype)

@@ -41,7 +41,7 @@ class StopRequest:
             self._previous = {number: signal.signal(number, self._on_signal) for number in self.SIGNALS}
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 

@@ -34,7 +34,7 @@ def parser() -> cli.Parser:
     result = cli.Parser(
         prog="python -m dfn_fast.train",
         usage="%(prog)s [RECIPE] [--root DATA] [--output-dir DIR] [--resume] [options]",
-        description="Train DFN. The defaults below are the paper's; a recipe changes some of them, and every option overrides it.",
+        description="Train DFN. The defaults below are the paper's; a recipe changes some, an option overrides both.",
         epilog=EPILOG,
     )
     result.add_argument("recipe", nargs="?", metavar="RECIPE", help=f"{', '.join(RECIPES)} (default: synthetic)")

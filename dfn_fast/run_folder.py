@@ -1,4 +1,4 @@
-"""The folder of a training run: configuration, metrics, checkpoints, summary. Nothing in it is overwritten by another run.
+"""The folder of a training run: configuration, metrics, checkpoints, summary. No run overwrites another one's.
 
 ::
 

@@ -7,15 +7,12 @@ import time
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from dfn_fast import cli
 from dfn_fast.checkpoint import read_file, save_atomic
 from dfn_fast.config import TrainConfig
-from dfn_fast.data.base import SegmentationDataset
 from dfn_fast.data.loader import TrainLoader
 from dfn_fast.data.registry import build_dataset
 from dfn_fast.data.transforms import TrainTransform
@@ -219,10 +216,8 @@ def main(argv: list[str] | None = None) -> int:
         try:
             run.train()
         except Stopped:
-            print(
-                f"stopped at iteration {run.position.iteration} of {run.iterations}, saved in {folder.last}; continue with"
-            )
-            print(f"  python -m dfn_fast.train {config.recipe} --resume --output-dir {folder.path}")
+            print(f"stopped at iteration {run.position.iteration} of {run.iterations}, saved in {folder.last}")
+            print(f"continue: python -m dfn_fast.train {config.recipe} --resume --output-dir {folder.path}")
             return stop.exit_code if stop.requested else 0
         except NonFiniteLoss as error:
             kept = (

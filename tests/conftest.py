@@ -1,4 +1,4 @@
-"""Fixtures of the whole suite. Without a GPU, kernels run in Triton's interpreter; uninitialised memory reads as NaN."""
+"""Fixtures of the suite. Without a GPU kernels run in Triton's interpreter; uninitialised memory reads as NaN."""
 
 import os
 from pathlib import Path

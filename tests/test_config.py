@@ -95,7 +95,7 @@ def test_a_batch_of_one_is_allowed_without_global_context():
 
 
 def test_an_unknown_recipe_names_the_nearest():
-    with pytest.raises(ConfigError, match="unknown recipe 'citiscapes'.*did you mean cityscapes"):
+    with pytest.raises(ConfigError, match=r"unknown recipe 'citiscapes'.*did you mean cityscapes"):
         recipe("citiscapes")
 
 

@@ -180,6 +180,7 @@ def test_image_smaller_than_32_is_padded(model, picture):
     scores = resized(small_scores(model, padded), (32, 40))[:, 6 : 6 + 20]
     np.testing.assert_allclose(Predictor(model).probabilities(image), softmax(scores), rtol=0, atol=1e-6)
     assert Predictor(model, scales=(0.5, 1.0), flip=True)(picture(1, 1)).shape == (1, 1)
+    assert Predictor(model, scales=(0.4,), window=32, preset="torchseg")(picture(1, 1)).shape == (1, 1)
 
 
 def test_a_scale_does_not_make_a_side_smaller_than_32(model, picture):
@@ -192,18 +193,18 @@ def test_a_scale_does_not_make_a_side_smaller_than_32(model, picture):
 @pytest.mark.parametrize("flip", [False, True])
 def test_torchseg_preset(model, picture, flip):
     """Sums over windows, products over mirror images, sums over scales, cv2's resize, black beside large images."""
-    image = picture(48, 90)
+    image = picture(49, 91)
     window, stride = 64, 43
-    total = np.zeros((48, 90, K))
+    total = np.zeros((49, 91, K))
     for scale in (0.5, 1.0, 1.5):
-        x = scaled(image, scale)
+        x = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_LINEAR)
         H, W = x.shape[:2]
         top = left = 0
-        if max(H, W) <= window:  # 24 x 45
+        if max(H, W) <= window:  # 24 x 46
             top, left = (window - H) // 2, (window - W) // 2
             padded = np.zeros((window, window, 3))
             padded[top : top + H, left : left + W] = normalised(x)
-        else:  # 48 x 90 is padded to 64 x 90; 72 x 135 is not
+        else:  # 49 x 91 is padded to 64 x 91; 74 x 136 is not
             top = max(window - H, 0) // 2
             canvas = np.zeros((max(H, window), max(W, window), 3), np.uint8)
             canvas[top : top + H, left : left + W] = x
@@ -218,7 +219,7 @@ def test_torchseg_preset(model, picture, flip):
                     product = product * softmax(mirrored)[..., ::-1]
                 summed[:, y : y + window, x0 : x0 + window] += product
         inside = summed[:, top : top + H, left : left + W].transpose(1, 2, 0)
-        total += cv2.resize(np.ascontiguousarray(inside), (90, 48), interpolation=cv2.INTER_LINEAR)
+        total += cv2.resize(np.ascontiguousarray(inside), (91, 49), interpolation=cv2.INTER_LINEAR)
     predictor = Predictor(model, scales=(0.5, 1, 1.5), flip=flip, window=window, preset="torchseg")
     expected = total / total.sum(2, keepdims=True)
     np.testing.assert_allclose(predictor.probabilities(image), expected.transpose(2, 0, 1), rtol=0, atol=2e-6)

@@ -208,12 +208,20 @@ def test_boundary_inside_a_large_void_does_not_count():
     assert boundary(label, wild) < 1.0
 
 
+def test_the_edge_of_a_large_void_is_no_contour():
+    label = np.zeros((60, 80), np.uint8)
+    label[:, 30:50], label[:, 50:] = 255, 1
+    prediction = np.zeros_like(label)
+    assert boundary(label, prediction) == 0.5  # class 0 is on both sides without a contour, class 1 on one side
+
+
 def test_thin_void_ring_is_a_contour():
     """PASCAL VOC draws five pixels of 255 around an object: its contour is in their middle."""
     yy, xx = np.mgrid[:375, :500]
     radius = np.hypot(yy - 180, xx - 250)
     label = np.select([radius < 97.5, radius < 102.5], [1, 255], 0).astype(np.uint8)
     assert boundary(label, radius < 100) == 1.0
+    assert boundary(label, radius < 103.5) == 1.0  # outside the ring, 3.5 from its middle; the tolerance is 4.7
     assert boundary(label, radius < 110) == 0.0
     assert boundary(label, radius < 90) == 0.0
 

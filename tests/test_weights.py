@@ -51,7 +51,7 @@ def assert_equal_states(state, expected):
 def test_prefixes_of_wrappers_are_stripped(key, prefix):
     weight = torch.randn(2)
     state = {f"{prefix}backbone.conv1.weight": weight, f"{prefix}backbone._orig_mod.bn1.weight": weight + 1}
-    content = state if key is None else {key: state, "epoch": 3}
+    content = state if key is None else {key: state, "epoch": 3, "best_accuracy": torch.tensor(0.7)}
     assert_equal_states(state_dict_of(content), {"backbone.conv1.weight": weight, "backbone.bn1.weight": weight + 1})
 
 

@@ -205,8 +205,9 @@ def overlaps(reports: list[SplitReport]) -> tuple[list[str], list[str]]:
 
 def _must_differ(a: str, b: str) -> bool:
     """Training splits may contain each other, as trainval contains val; none may meet a split to measure on."""
-    held_out = [("val" in s or "test" in s) and not s.startswith("train") for s in (a, b)]
-    return any(held_out) and "trainval" not in (a, b)
+    names = [Path(split).stem for split in (a, b)]  # a list's split may be a path
+    held_out = [("val" in name or "test" in name) and not name.startswith("train") for name in names]
+    return any(held_out) and "trainval" not in names
 
 
 def _observe(dataset: SegmentationDataset, workers: int) -> Iterator[Observation]:

@@ -35,6 +35,8 @@ def read_image(path: str | Path) -> np.ndarray:
 def read_label(path: str | Path) -> np.ndarray:
     """The class ids of a single-channel or palette image as ``[H, W]`` uint8."""
     image = _decode(path, "label")
+    if image.format in ("JPEG", "MPO"):
+        raise DataError(f"{path}: this label is a JPEG, whose compression changes class ids; make it anew as PNG")
     if image.mode not in ("L", "P"):
         kind = {"1": "1-bit", "I;16": "16-bit", "I": "32-bit", "F": "floating-point"}.get(image.mode, image.mode)
         raise DataError(

@@ -1,4 +1,4 @@
-"""Your own images: folders of images and masks, or a list of both.
+"""Your own images: a folder of images and a folder of masks.
 
 ``folder`` pairs images and masks by their path below ``images`` and ``masks``, less the suffix::
 

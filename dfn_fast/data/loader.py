@@ -52,8 +52,8 @@ class TrainLoader:
             raise ConfigError(f"batch size: expected 1 or more, got {batch_size}")
         if batch_size > len(dataset):
             raise ConfigError(
-                f"batch size {batch_size} is more than the {len(dataset)} images of split {dataset.split!r} of data set "
-                f"{dataset.name!r}: no batch would be full; lower it to at most {len(dataset)} or add images"
+                f"batch size {batch_size} is more than the {len(dataset)} images of split {dataset.split!r} of "
+                f"data set {dataset.name!r}: no batch would be full; lower it to at most {len(dataset)} or add images"
             )
         if seed < 0:
             raise ConfigError(f"seed: expected 0 or more, got {seed}")
@@ -95,7 +95,7 @@ class SampleKey(NamedTuple):
     """Names one augmented sample; travels to the process that makes it."""
 
     epoch: int
-    index: int
+    number: int  # in the data set
 
 
 @dataclass
@@ -111,7 +111,7 @@ class AugmentedSamples(Dataset):
 
     def __getitem__(self, key: SampleKey) -> tuple[np.ndarray, np.ndarray, np.ndarray, str] | UserError:
         try:
-            image, label, name = self.dataset[key.index]
+            image, label, name = self.dataset[key.number]
             rng = np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=key))
             return *self.transform(image, label, rng), name
         except UserError as error:
@@ -135,6 +135,7 @@ def start_worker(worker: int) -> None:
     that went by itself would break the saving.
     """
     cv2.setNumThreads(0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # Linux
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=obey_parent, args=(os.getppid(),), daemon=True).start()

@@ -44,16 +44,17 @@ def resize_matrix(small: int, full: int) -> Tensor:
 
 
 @triton.jit
-def mean_weight(i, small, full):
-    """The weight of pixel ``i`` of ``small`` in the mean over its resized ``full`` pixels, times ``full`` and
-    ``full - 1``: an integer (int64). The column sums of the resize matrix, in closed form."""
+def mean_weight(i, small, full, ACC: tl.constexpr):
+    """The weight of pixel ``i`` of ``small`` in the mean over its ``full`` resized pixels.
+
+    A column sum of the resize matrix in closed form: the weights of the pixels before and from ``i`` on are two
+    arithmetic series of integers (over ``full - 1``), each its count times the mean of its first and last term.
+    """
+    last = tl.maximum(full - 1, 1)
     before = first_target(tl.maximum(i - 1, 0), small, full)
     begin = first_target(i, small, full)
     end = first_target(i + 1, small, full)
-    i, n = i.to(tl.int64), (small - 1).to(tl.int64)
-    last = tl.maximum(full - 1, 1).to(tl.int64)
-    previous, here = (begin - before).to(tl.int64), (end - begin).to(tl.int64)
-    previous_sum, here_sum = (before + begin - 1) * previous // 2, (begin + end - 1) * here // 2
-    rising = n * previous_sum - previous * last * (i - 1)
-    falling = here * last * (i + 1) - n * here_sum
-    return rising + falling
+    rising = (before + begin - 1) * (small - 1) - 2 * (i - 1) * last
+    falling = 2 * (i + 1) * last - (begin + end - 1) * (small - 1)
+    total = (begin - before).to(ACC) * rising.to(ACC) + (end - begin).to(ACC) * falling.to(ACC)
+    return total / 2 / last / full

@@ -63,6 +63,7 @@ def test_every_bad_file_is_named(folder, write, capsys):
     expected = [
         "train/images/t0.png: this image is damaged", "masks/t0.png: expected a label with one 8-bit channel",
         "masks/t1.png: expected a label of the image's size", "masks/t2.png: label values [7] are no class",
+        "val/masks/v0.png: expected a label with one 8-bit channel",
     ]  # fmt: skip
     assert len(report["problems"]) == len(expected)
     for problem, text in zip(report["problems"], expected, strict=True):
@@ -111,6 +112,16 @@ def test_a_name_in_train_and_val_is_a_note(folder):
     report = check("folder", folder)
     assert report.all_problems() == []
     assert report.notes == ["train and val share 1 names whose images differ: t3"]
+
+
+def test_an_image_in_two_lists_is_wrong(folder, write):
+    for name, stems in (("train", ["t0", "t1"]), ("eval", ["t1"]), ("train_more", ["t0"])):
+        lines = [f"../train/images/{stem}.png\t../train/masks/{stem}.png\n" for stem in stems]
+        write(f"validation/{name}.txt", "".join(lines))
+    splits = [str(folder / "validation" / f"{name}.txt") for name in ("train", "eval", "train_more")]
+    report = check("list", folder, splits)
+    assert report.problems == [f"{splits[0]} and {splits[1]} share 1 images of identical content: train/images/t1"]
+    assert len(report.notes) == 1
 
 
 def test_training_splits_may_share_images(tmp_path, write_pair):
