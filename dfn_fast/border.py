@@ -1,5 +1,7 @@
 """Border targets: what the Border Network learns (Yu et al., CVPR 2018, section 3.2), from a label map by Canny."""
 
+from collections.abc import Sequence
+
 import cv2
 import numpy as np
 
@@ -81,7 +83,7 @@ def touches_another(label: np.ndarray) -> np.ndarray:
     return touches
 
 
-def around(rectangle: tuple[int, int, int, int], margin: int) -> tuple[slice, slice]:
+def around(rectangle: Sequence[int], margin: int) -> tuple[slice, slice]:
     """The slices of OpenCV's ``(x, y, width, height)`` with a margin, cut at the upper and left side of the image."""
     x, y, width, height = rectangle
     return slice(max(y - margin, 0), y + height + margin), slice(max(x - margin, 0), x + width + margin)

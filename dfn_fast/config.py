@@ -213,7 +213,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "scales": (1.0,),
         "border_width": 3,
         "border_weight": 1.0,
-        "epochs": 12,
+        "epochs": 11,
         "batch_size": 16,
         "lr": 0.04,
         "workers": 1,

@@ -42,8 +42,10 @@ def focal_loss(
     valid = targets != ignore_index
     border = targets == 1
     signed = at_least_float32(logits.squeeze(1)) * torch.where(border, 1.0, -1.0)  # logit of the true side
-    alpha_t = torch.where(border, alpha, 1.0 - alpha)
-    loss = -alpha_t * torch.sigmoid(-signed) ** gamma * F.logsigmoid(signed)
+    # Not torch.where of two numbers, which gives float32 whatever the scores are.
+    alpha_t = (1 - alpha) + (2 * alpha - 1) * border.to(signed.dtype)
+    # exp(gamma * log) and not a power: that of a gamma below 1 has an infinite gradient where 1 - p_t is 0.
+    loss = -alpha_t * torch.exp(gamma * F.logsigmoid(-signed)) * F.logsigmoid(signed)
     return mean_over(loss * valid, valid)
 
 

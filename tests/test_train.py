@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from dfn_fast.checkpoint import load_model, read_file
-from dfn_fast.errors import CheckpointError, ConfigError, DataError
+from dfn_fast.errors import CheckpointError, ConfigError
 from dfn_fast.run_folder import RunFolder
 from dfn_fast.train import main
 from dfn_fast.training import NonFiniteLoss, poly
@@ -164,7 +164,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(tiny, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(CheckpointError, match=r"last\.pth.*No space left"):
+    with pytest.raises(CheckpointError, match=r"\.pth: could not be written.*No space left"):
         tiny("run", "--resume")
     assert run.last.read_bytes() == before
     assert not list(run.path.glob(".*"))
@@ -180,7 +180,7 @@ def test_a_run_starts_from_the_weights_of_another(tiny):
 @pytest.mark.parametrize(
     ("words", "error", "message"),
     [
-        (["--root", "nowhere"], DataError, "nowhere"),
+        (["--root", "nowhere"], ConfigError, "nowhere"),
         (["--train-split", "tests"], ConfigError, "tests"),
         (["--batch-size", "10"], ConfigError, "10 is more than the 9"),
         (["--accumulate", "4"], ConfigError, "--accumulate 4 is more than the 3 batches"),
@@ -204,7 +204,7 @@ def test_a_user_error_has_no_traceback(photos):
     assert done.stderr.startswith("error: ")
     assert "nowhere" in done.stderr
     assert "Traceback" not in done.stderr
-    assert os.listdir(photos) == sorted(os.listdir(photos))
+    assert "runs" not in os.listdir(photos)
 
 
 def test_accumulated_gradients_are_the_mean(tiny):

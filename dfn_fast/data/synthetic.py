@@ -161,9 +161,7 @@ def choose_places(land: np.ndarray, rng: np.random.Generator) -> list[Place]:
     grounds = land == WATER, (land == MEADOW) | (land == CROP)
     water, dry = (np.flatnonzero(cv2.erode(ground.astype(np.uint8), stretch)) for ground in grounds)
     places = []
-    kinds = (
-        [HOUSE] + [TREE] * rng.integers(1, 3) + [BOAT, WAGON] + [BOAT, WAGON][: rng.integers(2)]
-    )
+    kinds = [HOUSE] + [TREE] * rng.integers(1, 3) + [BOAT, WAGON] + [BOAT, WAGON][: rng.integers(2)]
     for kind in kinds:
         spots = water if kind == BOAT else dry
         if not len(spots):

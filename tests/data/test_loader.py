@@ -181,7 +181,8 @@ def test_wrong_options_are_refused(option, text):
 def test_workers_leave_signals_to_the_main_process(number):
     others = multiprocessing.active_children()
     expected = list(loader().epoch(0))
-    batches = loader(workers=2).epoch(0)
+    loading = loader(workers=2)
+    batches = loading.epoch(0)
     drawn = [next(batches)]
     workers = [child for child in multiprocessing.active_children() if child not in others]
     assert len(workers) == 2
