@@ -19,11 +19,11 @@ from tqdm import tqdm
 from dfn_fast import cli
 from dfn_fast.atomic import write_text
 from dfn_fast.border import border_targets
-from dfn_fast.checkpoint import LoadedModel, load_model
 from dfn_fast.data.base import SegmentationDataset
 from dfn_fast.data.registry import DATASETS, build_dataset
 from dfn_fast.errors import ConfigError
 from dfn_fast.inference import IMAGES_BAR, Predictor, add_inference_options, predictor_from
+from dfn_fast.loading import LoadedModel, load_model
 from dfn_fast.metrics import BorderScore, BoundaryFScore, ConfusionMatrix
 from dfn_fast.run_folder import finite
 from dfn_fast.training import choose_device

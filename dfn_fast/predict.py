@@ -13,13 +13,13 @@ import numpy as np
 from tqdm import tqdm
 
 from dfn_fast import cli
-from dfn_fast.checkpoint import LoadedModel, load_model
 from dfn_fast.data.cityscapes import TRAIN_ID_TO_LABEL_ID
 from dfn_fast.data.files import read_image, write_image, write_label
 from dfn_fast.data.pairing import files_by_stem, read_lines
 from dfn_fast.data.voc import VocDataset
 from dfn_fast.errors import ConfigError, DataError, UserError
 from dfn_fast.inference import IMAGES_BAR, Predictor, add_inference_options, predictor_from
+from dfn_fast.loading import LoadedModel, load_model
 from dfn_fast.training import choose_device
 from dfn_fast.visualize import legend, overlay
 

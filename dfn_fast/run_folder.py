@@ -32,15 +32,15 @@ class RunFolder:
         self.metrics_file = self.path / "metrics.jsonl"
         self.summary_file = self.path / "summary.json"
 
-    def holds_run(self) -> bool:
-        return self.config_file.exists() or self.last.exists()
-
-    def start(self, config: TrainConfig) -> None:
-        """Makes the folder for a new run; one that holds a run, or cannot be written, is an error."""
-        if self.holds_run():
+    def require_no_run(self) -> None:
+        if self.config_file.exists() or self.last.exists():
             raise ConfigError(
                 f"--output-dir {self.path} holds a run already; add --resume to continue it, or choose another folder"
             )
+
+    def start(self, config: TrainConfig) -> None:
+        """Makes the folder for a new run; one that holds a run, or cannot be written, is an error."""
+        self.require_no_run()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             write_text(self.config_file, json.dumps(config.to_dict(), indent=2) + "\n")

@@ -2,7 +2,7 @@
 
 import platform
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,11 +13,8 @@ from dfn_fast.evaluate import Report, evaluate
 from dfn_fast.inference import Predictor
 from dfn_fast.interrupt import StopRequest
 from dfn_fast.run_folder import RunFolder
-from dfn_fast.training import Trainer
+from dfn_fast.training import Position, Trainer
 from dfn_fast.visualize import plot_curves, prediction_sheet
-
-if TYPE_CHECKING:
-    from dfn_fast.train import Run
 
 SHEET_ROWS = 4
 
@@ -45,24 +42,25 @@ def draw(trainer: Trainer, dataset: SegmentationDataset, folder: RunFolder) -> N
     prediction_sheet(rows, dataset.classes, dataset.palette, folder.path / "predictions.png")
 
 
-def summarise(run: "Run", checkpoint: str) -> dict[str, Any]:
+def summarise(
+    trainer: Trainer, position: Position, dataset: SegmentationDataset, images_per_second: float, checkpoint: str
+) -> dict[str, Any]:
     """The content of summary.json; mIoU as fractions, seconds of training without validation."""
-    position = run.position
     return {
         "best_mean_iou": position.best_mean_iou,
         "last_mean_iou": position.last_mean_iou,
-        "per_class_iou": dict(zip(run.val_set.classes, position.per_class_iou, strict=True)),
-        "images_per_second": run.images_per_second,
+        "per_class_iou": dict(zip(dataset.classes, position.per_class_iou, strict=True)),
+        "images_per_second": images_per_second,
         "seconds": position.seconds,
         "iterations": position.iteration,
-        "peak_memory_bytes": peak_memory_bytes(run.device),
-        "split": f"{run.config.data} {run.config.val_split}",
+        "peak_memory_bytes": peak_memory_bytes(trainer.device),
+        "split": f"{dataset.name} {dataset.split}",
         "scales": [1.0],
         "flip": False,
         "window": None,
-        "parameters": sum(p.numel() for p in run.trainer.model.parameters()),
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "versions": versions(),
-        "device": device_name(run.device),
+        "device": device_name(trainer.device),
         "checkpoint": checkpoint,
     }
 

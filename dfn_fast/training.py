@@ -3,6 +3,7 @@
 import contextlib
 import random
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from dfn_fast.checkpoint import load_weights
 from dfn_fast.config import TrainConfig
 from dfn_fast.data.loader import Batch
 from dfn_fast.data.transforms import normalize
@@ -56,8 +58,6 @@ def has_bf16_units() -> bool:
 
 def build_model(config: TrainConfig, num_classes: int) -> ReferenceDFN:
     """The network of ``config``, with ImageNet or DFN weights where it asks for them."""
-    from dfn_fast.checkpoint import load_weights
-
     focal = SigmoidFocalLoss(config.focal_alpha, config.focal_gamma, torchseg=config.focal == "torchseg")
     model = ReferenceDFN(
         num_classes,
@@ -90,6 +90,20 @@ def parameter_groups(model: ReferenceDFN, config: TrainConfig) -> list[dict[str,
 def poly(iteration: int, iterations: int, power: float) -> float:
     """The poly policy's factor of the learning rate at ``iteration`` (from 0)."""
     return (1 - iteration / iterations) ** power
+
+
+@dataclass
+class Position:
+    """How far a run is: what a checkpoint keeps besides the trainer's state."""
+
+    epoch: int = 0
+    step: int = 0  # optimiser steps done in this epoch
+    iteration: int = 0  # optimiser steps done in the run
+    loss_sum: float = 0.0  # over this epoch's steps
+    seconds: float = 0.0  # of training, without validation
+    best_mean_iou: float = -1.0
+    last_mean_iou: float = -1.0
+    per_class_iou: list[float] = field(default_factory=list)
 
 
 class Trainer:

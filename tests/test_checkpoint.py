@@ -14,11 +14,12 @@ import pytest
 import torch
 from torch import nn
 
-from dfn_fast.checkpoint import infer_model_config, load_model, read_file, save_atomic, save_weights
+from dfn_fast.checkpoint import read_file, save_atomic, save_weights
 from dfn_fast.data.camvid import CamVidDataset
 from dfn_fast.data.cityscapes import CityscapesDataset
 from dfn_fast.data.voc import VocDataset
 from dfn_fast.errors import CheckpointError
+from dfn_fast.loading import infer_model_config, load_model
 from dfn_fast.reference import ReferenceDFN
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -11,8 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from dfn_fast.checkpoint import load_model, read_file
+from dfn_fast.checkpoint import read_file
 from dfn_fast.errors import CheckpointError, ConfigError
+from dfn_fast.loading import load_model
 from dfn_fast.run_folder import RunFolder
 from dfn_fast.train import main
 from dfn_fast.training import NonFiniteLoss, poly

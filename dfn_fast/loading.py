@@ -1,0 +1,122 @@
+"""A network from a checkpoint: of ours, which says how it was built, or of others, where names and shapes tell."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dfn_fast.backbone import LAYERS, BasicBlock, Bottleneck
+from dfn_fast.checkpoint import Mismatch, load_weights, read_file, state_dict_of
+from dfn_fast.errors import CheckpointError
+from dfn_fast.reference import ReferenceDFN
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A network from a checkpoint, in eval mode, and what its scores mean."""
+
+    model: ReferenceDFN
+    model_config: dict[str, Any]  # keyword arguments of the network
+    classes: tuple[str, ...]
+    palette: np.ndarray  # [K, 3] RGB uint8
+    dataset: str | None  # what the file says that it was trained on
+    mismatch: Mismatch  # what strict=False let pass
+
+
+def load_model(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    *,
+    num_classes: int | None = None,
+    channels_last: bool = False,
+    strict: bool = True,
+) -> LoadedModel:
+    """The network in a checkpoint of ours, or in other people's, whose configuration is then inferred.
+
+    ``num_classes`` is the class count that the caller needs; another one in the file is an error. Class names and
+    colours that the file does not hold are those of VOC, Cityscapes and CamVid at 21, 19 and 11 classes, else
+    "class i". Raises :class:`CheckpointError`.
+    """
+    content = read_file(path)
+    ours = "model_config" in content
+    if ours and content.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path}: expected checkpoint format {FORMAT}, got {content.get('format')!r}; "
+            "use the version of dfn_fast that wrote it, or save its weights alone there"
+        )
+    config = dict(content["model_config"]) if ours else infer_model_config(state_dict_of(content, str(path)), str(path))
+    if num_classes is not None and config["num_classes"] != num_classes:
+        raise CheckpointError(
+            f"{path}: this network has {config['num_classes']} classes, but {num_classes} are needed; "
+            "choose the data set that it was trained on, or another checkpoint"
+        )
+    classes, palette = _class_table(content, config["num_classes"], path)
+    with torch.random.fork_rng(devices=[]):  # the initial weights are not kept: they must not cost the caller's draws
+        try:
+            model = ReferenceDFN(**config)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"{path}: its model_config {config} builds no network ({error})") from error
+    mismatch = load_weights(model, content, strict=strict, where=str(path))
+    model.to(device).eval()
+    if channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return LoadedModel(model, config, classes, palette, content.get("dataset") if ours else None, mismatch)
+
+
+def _class_table(content: Mapping[str, Any], num_classes: int, path: str | Path) -> tuple[tuple[str, ...], np.ndarray]:
+    from dfn_fast.data.camvid import CamVidDataset
+    from dfn_fast.data.cityscapes import CityscapesDataset
+    from dfn_fast.data.voc import VocDataset, voc_palette
+
+    if "classes" in content and "palette" in content:
+        classes, palette = tuple(content["classes"]), np.array(content["palette"], np.uint8)
+        if len(classes) != num_classes or palette.shape != (num_classes, 3):
+            raise CheckpointError(
+                f"{path}: expected names and colours of {num_classes} classes, got {len(classes)} and {len(palette)}"
+            )
+        return classes, palette
+    for known in (VocDataset, CityscapesDataset, CamVidDataset):
+        if len(known.classes) == num_classes:
+            return known.classes, known.palette.copy()
+    return tuple(f"class {i}" for i in range(num_classes)), voc_palette(num_classes)
+
+
+def infer_model_config(state: Mapping[str, Tensor], where: str = "the checkpoint") -> dict[str, Any]:
+    """The keyword arguments of the network that ``state`` belongs to, from its names and shapes.
+
+    Raises :class:`CheckpointError` where a name that tells is not there, or where the backbone is no known ResNet.
+    """
+
+    def out_channels(name: str) -> int:
+        if name not in state:
+            raise CheckpointError(f"{where}: expected the weights of a DFN, but there is no {name}")
+        return state[name].shape[0]
+
+    if "layer1.0.conv1.weight" in state:
+        raise CheckpointError(f"{where}: these are the weights of a ResNet, not of a DFN; give them as --pretrained")
+    block = Bottleneck if "backbone.layer1.0.conv3.weight" in state else BasicBlock
+    stages = [f"backbone.layer{i}." for i in (1, 2, 3, 4)]
+    counts = tuple(len({n.split(".")[2] for n in state if n.startswith(stage)}) for stage in stages)
+    depth = next((name for name, layers in LAYERS.items() if layers == (block, counts)), None)
+    if depth is None:
+        raise CheckpointError(
+            f"{where}: a backbone with {list(counts)} {block.__name__}s is none of {', '.join(LAYERS)}"
+        )
+    border = any(name.startswith("border_pre_rrbs.") for name in state)
+    return {
+        "num_classes": out_channels("smooth_heads.3.conv.weight"),
+        "backbone": depth,
+        "stem": "deep" if "backbone.conv1.0.weight" in state else "conv7",
+        "channels": out_channels("smooth_pre_rrbs.0.conv_1x1.weight"),
+        "border_channels": out_channels("border_pre_rrbs.0.conv_1x1.weight") if border else 21,
+        "global_context": "global_context.1.conv.weight" in state,
+        "channel_attention": "cabs.0.channel_attention.fc.0.weight" in state,
+        "deep_supervision": "smooth_heads.0.conv.weight" in state,
+        "border": border,
+    }
