@@ -222,7 +222,7 @@ def parser() -> cli.Parser:
     )
     metrics.add_argument("--border", action="store_true", help="measure the Border Network too")
     metrics.add_argument(
-        "--border-width", type=int, default=7, metavar="N", help="of the border targets, as in training (default: 7)"
+        "--border-width", type=int, metavar="N", help="of the border targets (default: as in training, or 7)"
     )
     metrics.add_argument("--json", type=Path, metavar="FILE", help="write the metrics, settings and versions there too")
     return result
@@ -244,7 +244,7 @@ def main(argv: list[str] | None = None) -> int:
         dataset,
         boundary=not arguments.no_boundary,
         border=arguments.border,
-        border_width=arguments.border_width,
+        border_width=arguments.border_width or loaded.border_width or 7,
         limit=arguments.limit,
         progress=True,
     )

@@ -27,6 +27,7 @@ class LoadedModel:
     palette: np.ndarray  # [K, 3] RGB uint8
     dataset: str | None  # what the file says that it was trained on
     mismatch: Mismatch  # what strict=False let pass
+    border_width: int | None  # of the border targets that it was trained on, where the file says
 
 
 def load_model(
@@ -66,7 +67,8 @@ def load_model(
     model.to(device).eval()
     if channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return LoadedModel(model, config, classes, palette, content.get("dataset") if ours else None, mismatch)
+    dataset, training = (content.get("dataset"), content.get("config") or {}) if ours else (None, {})
+    return LoadedModel(model, config, classes, palette, dataset, mismatch, training.get("border_width"))
 
 
 def _class_table(content: Mapping[str, Any], num_classes: int, path: str | Path) -> tuple[tuple[str, ...], np.ndarray]:

@@ -1,6 +1,5 @@
 """What a training run shows: validation, pictures, summary, TensorBoard."""
 
-import platform
 import sys
 from typing import Any
 
@@ -9,7 +8,7 @@ import torch
 
 from dfn_fast.data.base import SegmentationDataset
 from dfn_fast.errors import ConfigError
-from dfn_fast.evaluate import Report, evaluate
+from dfn_fast.evaluate import Report, evaluate, versions
 from dfn_fast.inference import Predictor
 from dfn_fast.interrupt import StopRequest
 from dfn_fast.run_folder import RunFolder
@@ -63,12 +62,6 @@ def summarise(
         "device": device_name(trainer.device),
         "checkpoint": checkpoint,
     }
-
-
-def versions() -> dict[str, str]:
-    from dfn_fast import __version__
-
-    return {"dfn_fast": __version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
 def device_name(device: torch.device) -> str:

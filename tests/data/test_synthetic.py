@@ -71,6 +71,8 @@ def test_every_class_and_255_occur(scenes):
             assert (labels == class_id).mean() > 0.01
             assert (labels == class_id).any(axis=(1, 2)).mean() > 0.3
         assert 0.005 < (labels == 255).mean() < 0.1
+        # Patches are in a third of the scenes, outlines in most.
+        assert (labels == 255).any(axis=(1, 2)).mean() > 0.6
 
 
 def test_colour_alone_does_not_tell(scenes):
