@@ -2,6 +2,7 @@
 
 import contextlib
 import random
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -67,7 +68,9 @@ def build_model(config: TrainConfig, num_classes: int) -> ReferenceDFN:
         **config.model_settings(),
     )
     if config.weights is not None:
-        load_weights(model, config.weights, strict=config.strict)
+        mismatch = load_weights(model, config.weights, strict=config.strict)
+        if mismatch:
+            print(f"{config.weights}: loaded what fits; {mismatch}", file=sys.stderr)
     return model
 
 

@@ -178,6 +178,14 @@ def test_a_run_starts_from_the_weights_of_another(tiny):
     assert torch.equal(old["backbone.conv1.0.weight"], new["backbone.conv1.0.weight"])
 
 
+def test_weights_that_fit_in_part_are_an_error_or_named(tiny, capsys):
+    first = tiny("first", "--iterations", "1")
+    with pytest.raises(CheckpointError, match="wrong shape"):
+        tiny("second", "--weights", str(first.last), "--border-channels", "5")
+    tiny("second", "--weights", str(first.last), "--border-channels", "5", "--no-strict", "--iterations", "1")
+    assert "loaded what fits; " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "error", "message"),
     [
