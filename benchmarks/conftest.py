@@ -1,0 +1,110 @@
+"""What every benchmark run carries: the machine's facts in the JSON, a summary with the promises at the end."""
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from benchmarks import measure
+from benchmarks.measure import DEVICE, Trial
+
+CPU_TIME_LIMIT = 1.1  # ours / eager, promised on a CPU
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise pytest.UsageError("TRITON_INTERPRET=1: times of Triton's interpreter say nothing; unset it")
+    config.addinivalue_line("markers", "training: an operator at a training shape")
+    config.addinivalue_line("markers", "inference: an operator at an inference shape")
+    config.stash[REPORT] = Report()
+
+
+def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
+    machine_info.update(measure.environment())
+
+
+class Report:
+    """What was measured beside pytest-benchmark's own times; one row a trial once all its implementations ran."""
+
+    def __init__(self) -> None:
+        self.memory: dict[tuple[str, str], int] = {}
+        self.rows: list[dict[str, Any]] = []
+
+    def add(self, trial: Trial, implementation: str) -> dict[str, Any]:
+        """Measures memory, then times this implementation; ``ours`` in turns with those that ran before it."""
+        self.memory[trial.name, implementation] = measure.peak_memory(functools.partial(trial.run, implementation))
+        names = [n for n in measure.IMPLEMENTATIONS if (trial.name, n) in self.memory]
+        names = names if implementation == "ours" else [implementation]
+        calls: dict[str, Callable[[], Any]] = {name: functools.partial(trial.run, name) for name in names}
+        seconds = measure.alternate(calls, measure.rounds_for(calls[implementation]))
+        own = seconds[implementation]
+        median = measure.percentile(own, 0.5)
+        info = {
+            "median_ms": median * 1e3,
+            "p20_ms": measure.percentile(own, 0.2) * 1e3,
+            "p80_ms": measure.percentile(own, 0.8) * 1e3,
+            "bytes_moved": trial.bytes_moved(),
+            "gb_per_s": trial.bytes_moved() / median / 1e9,
+            "share_of_copy": trial.bytes_moved() / median / measure.copy_bandwidth(),
+            "peak_memory_bytes": self.memory[trial.name, implementation],
+        }
+        for other in names:
+            if other != implementation:
+                info[f"ratio_to_{other}"] = measure.median_ratio(own, seconds[other])
+        if implementation == "ours":
+            times = {f"{name}_ms": measure.percentile(s, 0.5) * 1e3 for name, s in seconds.items()}
+            memory = {f"{name}_memory": self.memory[trial.name, name] for name in names}
+            self.rows.append({"trial": trial, **info, **times, **memory})
+        return info
+
+    def lines(self) -> list[str]:
+        """The table, rows slower than torch.compile first, then the promises of the CPU path."""
+        header = (
+            f"{'trial':72} {'eager ms':>9} {'compile ms':>10} {'ours ms':>9} {'/eager':>6} {'/compile':>8} "
+            f"{'GB/s':>7} {'copy':>5} {'MiB ours':>8} {'eager':>7}"
+        )
+        by_speed = sorted(self.rows, key=lambda row: -row.get("ratio_to_compile", 0))
+        return [header, *map(_line, by_speed), *(p for row in self.rows for p in _promises(row))]
+
+
+REPORT = pytest.StashKey[Report]()
+
+
+def _line(row: dict[str, Any]) -> str:
+    def number(name: str, digits: int, scale: float = 1.0) -> str:
+        return f"{row[name] / scale:.{digits}f}" if name in row else "-"
+
+    return (
+        f"{row['trial'].name:72} {number('eager_ms', 3):>9} {number('compile_ms', 3):>10} {number('ours_ms', 3):>9} "
+        f"{number('ratio_to_eager', 2):>6} {number('ratio_to_compile', 2):>8} {number('gb_per_s', 1):>7} "
+        f"{row['share_of_copy']:5.0%} {number('ours_memory', 1, 2**20):>8} {number('eager_memory', 1, 2**20):>7}"
+    )
+
+
+def _promises(row: dict[str, Any]) -> list[str]:
+    if DEVICE.type != "cpu" or "ratio_to_eager" not in row:
+        return []
+    case, ratio = row["trial"].case, row["ratio_to_eager"]
+    verdict = "kept" if ratio <= CPU_TIME_LIMIT else "BROKEN"
+    lines = [f"{verdict}: {row['trial'].name}: {ratio:.2f} x eager's time, promised {CPU_TIME_LIMIT:.2f}"]
+    if case.memory_limit is not None:
+        share = row["ours_memory"] / row["eager_memory"]
+        verdict = "kept" if share < case.memory_limit else "BROKEN"
+        lines.append(f"{verdict}: {row['trial'].name}: {share:.2f} x eager's memory, promised {case.memory_limit:.2f}")
+    return lines
+
+
+@pytest.fixture(scope="session")
+def report(pytestconfig: pytest.Config) -> Report:
+    """Collects what the summary shows."""
+    return pytestconfig.stash[REPORT]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    report = config.stash[REPORT]
+    if report.rows:
+        terminalreporter.section("operators: ratios of ours to eager and compile, slower than compile first")
+        for line in report.lines():
+            terminalreporter.write_line(line)

@@ -1,0 +1,210 @@
+"""What the fused losses share: checks, the CPU path, and the operator of their backward pass.
+
+A loss of resized logits is computed together with its gradient, by its formula and not by autograd. Forward gives the
+loss, the gradient's unscaled sums (in float32 or better, so that a mean over many pixels cannot underflow a half) and
+``scale``, one over the weight of the valid pixels (in float64, so that the sums are rounded once); backward is
+``sums * scale * d_loss`` in the logits' dtype.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dfn_kernels import _upsample_loss_triton as kernels
+from dfn_kernels._backend import accumulator, check_features, debugging, use_triton
+from dfn_kernels._resize_rows import RowResize
+
+REDUCTIONS = ("mean", "sum", "none")
+LABELS = (torch.uint8, torch.int32, torch.int64)
+MAX_CLASSES = 256
+CHUNK = 1 << 20  # resized logits that the CPU path holds at a time: 4 MB in float32
+
+
+class Rule(NamedTuple):
+    """What a pixel costs: softmax loss, or sigmoid focal loss with its alpha; gamma as in eq. 4."""
+
+    sigmoid: bool
+    alpha: float
+    gamma: float
+    ignore_index: int
+
+    @property
+    def classes(self) -> int | None:
+        """Values that a label may have, where they do not depend on the logits."""
+        return 2 if self.sigmoid else None
+
+
+# Loss of a chunk of pixels and the gradient for its logits, which may be overwritten: logits [rows, K, columns];
+# labels, valid and weight [rows, 1, columns], or [rows, K, columns] where each class has its own.
+ChunkLoss = Callable[[Tensor, Tensor, Tensor, Tensor, Rule], tuple[Tensor, Tensor]]
+
+
+def check(operator: str, logits: Tensor, labels: Tensor, labels_shape: tuple[int | None, ...], reduction: str) -> None:
+    """Raises ValueError unless logits are features with at most 256 classes and labels integers of that shape (None:
+    any), on one device."""
+    check_features(operator, logits=logits)
+    if logits.shape[1] > MAX_CLASSES:
+        raise ValueError(f"{operator} expects at most {MAX_CLASSES} classes, got logits {list(logits.shape)}")
+    fits = labels.ndim == len(labels_shape) and labels.numel() > 0
+    if not fits or any(n is not None and n != m for n, m in zip(labels_shape, labels.shape, strict=True)):
+        expected = ", ".join("any" if n is None else str(n) for n in labels_shape)
+        raise ValueError(
+            f"{operator} expects labels of shape [{expected}], not empty, for logits {list(logits.shape)}, "
+            f"got {list(labels.shape)}"
+        )
+    if labels.dtype not in LABELS:
+        raise ValueError(f"{operator} expects labels in uint8, int32 or int64, got {labels.dtype}")
+    if labels.device != logits.device:
+        raise ValueError(f"{operator} expects labels on {logits.device}, like the logits, got {labels.device}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"{operator} expects reduction to be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+
+
+def check_gamma(operator: str, gamma: float) -> None:
+    """Raises ValueError unless gamma is finite and not negative."""
+    if not 0 <= gamma < float("inf"):
+        raise ValueError(f"{operator} expects gamma to be finite and not negative, got {gamma}")
+
+
+def check_values(operator: str, labels: Tensor, classes: int, ignore_index: int) -> None:
+    """Raises ValueError for a label that is neither a class nor ``ignore_index``. Waits for the device."""
+    wide = labels.long()
+    wrong = wide[((wide < 0) | (wide >= classes)) & (wide != ignore_index)]
+    if wrong.numel():
+        raise ValueError(
+            f"{operator} expects labels in 0 ... {classes - 1} or {ignore_index} (ignore_index), got {wrong[0].item()}"
+        )
+
+
+def forward(
+    operator: str,
+    chunk_loss: ChunkLoss,
+    rule: Rule,
+    logits: Tensor,
+    labels: Tensor,
+    class_weight: Tensor | None,
+    pixel_weight: Tensor | None,
+    reduction: str,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, the gradient's sums (empty unless needed) and scale, by the back end that serves the logits."""
+    if debugging():
+        check_values(operator, labels, rule.classes or logits.shape[1], rule.ignore_index)
+    acc = accumulator(logits.dtype)
+    class_weight = None if class_weight is None else class_weight.to(acc).contiguous()
+    pixel_weight = None if pixel_weight is None else pixel_weight.to(acc).contiguous()
+    if use_triton(logits):
+        return kernels.launch_fwd(
+            logits, labels, class_weight, pixel_weight, **rule._asdict(), reduction=reduction, need_grad=need_grad
+        )
+    with torch.autocast(logits.device.type, enabled=False):  # it would take the resize to half precision
+        return _forward_by_chunks(chunk_loss, rule, logits, labels, class_weight, pixel_weight, reduction, need_grad)
+
+
+def forward_fake(
+    sigmoid: bool, logits: Tensor, labels: Tensor, reduction: str, need_grad: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The shapes of :func:`forward`."""
+    acc = accumulator(logits.dtype)
+    B, K, h, w = logits.shape
+    shape = kernels.gradient_shape(logits, labels.shape[-2], sigmoid) if use_triton(logits) else (B, h, K, w)
+    gradient = logits.new_empty(shape if need_grad else (0,), dtype=acc)
+    per_pixel = reduction == "none"
+    loss = logits.new_empty(labels.shape if per_pixel else (), dtype=acc)
+    return loss, gradient, logits.new_empty((0,) if per_pixel else (), dtype=torch.float64)
+
+
+def _forward_by_chunks(
+    chunk_loss: ChunkLoss,
+    rule: Rule,
+    logits: Tensor,
+    labels: Tensor,
+    class_weight: Tensor | None,
+    pixel_weight: Tensor | None,
+    reduction: str,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The CPU path: some rows of one image at a time."""
+    B, K, h, w = logits.shape
+    H, W = labels.shape[-2:]
+    acc = accumulator(logits.dtype)
+    gradient = logits.new_zeros((B, h, K, w) if need_grad else (0,), dtype=acc)
+    pixel_loss = logits.new_zeros(labels.shape if reduction == "none" else (0,), dtype=acc)
+    sums = logits.new_zeros(2, dtype=torch.float64)  # of loss and weight
+    resize = RowResize((h, w), (H, W), CHUNK // (K * W), gradient)
+    for b, image in enumerate(logits):
+        image = image.permute(1, 0, 2).to(acc, memory_format=torch.contiguous_format)  # [h, K, w]
+        if not rule.sigmoid:  # an offset that all classes share changes nothing, and costs digits in the resize
+            image = image - image.amax(1, keepdim=True)
+        for chunk in resize.chunks:
+            place = (b, ..., resize.rows(chunk), slice(None))
+            target = _by_row(labels[place])
+            valid = _valid(target, rule.classes or K, rule.ignore_index)
+            target = torch.where(valid, target, 0).long()
+            weight = valid.to(acc) if class_weight is None else torch.where(valid, class_weight[target], 0)
+            sums[1] += weight.sum(dtype=torch.float64)
+            if pixel_weight is not None:
+                weight = weight * _by_row(pixel_weight[place])
+            loss, d_z = chunk_loss(resize.forward(image, chunk), target, valid, weight, rule)
+            sums[0] += loss.sum(dtype=torch.float64)
+            if reduction == "none":
+                _by_row(pixel_loss[place]).copy_(loss)
+            if need_grad:
+                resize.add_backward(gradient[b], d_z, chunk)
+    if reduction == "none":
+        return pixel_loss, gradient, sums.new_empty(0)
+    scale = torch.where(sums[1] > 0, 1 / sums[1], 0) if reduction == "mean" else torch.ones_like(sums[1])
+    return (sums[0] * scale).to(acc), gradient, scale
+
+
+def _valid(labels: Tensor, classes: int, ignore_index: int) -> Tensor:
+    """Whether each label is a class that counts, in as few passes as its dtype allows."""
+    valid = labels <= classes - 1  # within the range of uint8, unlike 256
+    if labels.dtype != torch.uint8:
+        valid &= labels >= 0
+    if 0 <= ignore_index < classes:
+        valid &= labels != ignore_index
+    return valid
+
+
+def _by_row(x: Tensor) -> Tensor:
+    """``[rows, columns]`` or ``[K, rows, columns]`` as ``[rows, 1 or K, columns]``."""
+    return x[None].transpose(0, 1) if x.ndim == 2 else x.transpose(0, 1)
+
+
+@torch.library.custom_op("dfn_kernels::upsample_loss_bwd", mutates_args=())
+def backward(
+    d_loss: Tensor, gradient: Tensor, scale: Tensor, shape: list[int], dtype: torch.dtype, sigmoid: bool
+) -> Tensor:
+    """d_logits of ``shape`` in ``dtype``, channels_last, from what :func:`forward` left."""
+    if gradient.ndim == 1:
+        raise RuntimeError("the loss was computed with need_grad=False: it has no gradient")
+    if gradient.ndim != 4:  # rows of sums of the kernels' programs
+        return kernels.launch_bwd(d_loss, gradient, scale, shape, dtype, sigmoid)
+    d_logits = torch.empty(shape, dtype=dtype, device=gradient.device, memory_format=torch.channels_last)
+    return torch.mul(gradient.permute(0, 2, 1, 3), scale * d_loss, out=d_logits)
+
+
+@backward.register_fake
+def _(d_loss, gradient, scale, shape, dtype, sigmoid):
+    return torch.empty(shape, dtype=dtype, device=gradient.device, memory_format=torch.channels_last)
+
+
+def setup_context(ctx: Any, sigmoid: bool, output: tuple[Tensor, ...], reduction: str, *inputs: Tensor | None) -> None:
+    """Keeps what :func:`d_logits` needs; ``inputs``, logits first, are needed where each pixel has a gradient."""
+    ctx.reduction, ctx.like = reduction, (list(inputs[0].shape), inputs[0].dtype, sigmoid)
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*(inputs if reduction == "none" else output[1:]))
+
+
+def d_logits(ctx: Any, d_loss: Tensor | None, from_pixels: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> Any:
+    """The logits' gradient; ``from_pixels(d_loss, *inputs)`` is the forward pass with a weight for each pixel."""
+    if d_loss is None:
+        return None
+    if ctx.reduction != "none":
+        return backward(d_loss, *ctx.saved_tensors, *ctx.like)
+    _, gradient, scale = from_pixels(d_loss, *ctx.saved_tensors)
+    return backward(d_loss.new_ones(()), gradient, scale, *ctx.like)

@@ -1,0 +1,229 @@
+"""Block sizes: plain tables, found offline, a pure function of shape and architecture.
+
+Not measured on a GPU yet: the entries are chosen from the compiler's report (no spills, 16-byte accesses, shared
+memory within the limit). The search that replaces them is ``python -m benchmarks.search_blocks``.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+# upsample_add and channel_attention
+
+
+class UpsampleTile(NamedTuple):
+    """Pixels and channels of one program. Forward: full-size pixels; backward: full-size rows at a time, small
+    columns."""
+
+    rows: int
+    columns: int
+    channels: int
+    num_warps: int
+
+
+def launch_options(tile: Any) -> dict[str, int]:
+    """A tile as keyword arguments of a launch: ``rows`` is the kernel's ``ROWS``, ``num_warps`` Triton's own."""
+    return {name if name == "num_warps" else name.upper(): value for name, value in tile._asdict().items()}
+
+
+# By block of channels; backward also by the full-size rows between two small ones, at the most.
+UPSAMPLE_ADD_FWD = {32: UpsampleTile(4, 16, 32, 4), 64: UpsampleTile(4, 16, 64, 4)}
+UPSAMPLE_ADD_BWD = {
+    32: {2: UpsampleTile(2, 16, 32, 4), 4: UpsampleTile(4, 8, 32, 4), 8: UpsampleTile(8, 4, 32, 4)},
+    64: {2: UpsampleTile(2, 16, 64, 4), 4: UpsampleTile(4, 8, 64, 4), 8: UpsampleTile(8, 4, 64, 4)},
+}
+PROGRAMS = 2048  # enough to fill a large GPU several times over
+
+
+def vector_width(channels: int, element_size: int) -> int:
+    """Channels of one access: 16 bytes where their number allows it."""
+    return math.gcd(channels, 16 // element_size)
+
+
+def channel_block(channels: int, element_size: int) -> int:
+    """Channels of one program: 128 bytes, a cache line, where there are as many."""
+    return 64 if element_size == 2 and channels > 32 else 32
+
+
+def by_alignment(tile: Any, channels: int, element_size: int) -> Any:
+    """``tile``, with twice its warps where channels move one by one: each has an address and a mask of its own."""
+    return tile if vector_width(channels, element_size) > 2 else tile._replace(num_warps=2 * tile.num_warps)
+
+
+def upsample_add_fwd_tile(channels: int, element_size: int) -> UpsampleTile:
+    return by_alignment(UPSAMPLE_ADD_FWD[channel_block(channels, element_size)], channels, element_size)
+
+
+def upsample_add_bwd_tile(channels: int, element_size: int, height: int, small_height: int) -> UpsampleTile:
+    factor = height if small_height == 1 else (height - 1) // (small_height - 1)
+    table = UPSAMPLE_ADD_BWD[channel_block(channels, element_size)]
+    tile = table[max((rows for rows in table if rows <= factor), default=min(table))]
+    return by_alignment(tile, channels, element_size)
+
+
+def upsample_add_bwd_run(programs: int, small_height: int) -> int:
+    """Small rows that one program walks down, given the programs that one row of each image makes: long runs reread
+    less (one row in ``run`` is read twice), short ones fill the GPU."""
+    return max(1, min(8, small_height, programs * small_height // PROGRAMS))
+
+
+class PoolTile(NamedTuple):
+    """Pixels and channels that one program of a pooling pass adds at a time."""
+
+    pixels: int
+    channels: int
+    num_warps: int
+
+
+POOL = {32: PoolTile(32, 32, 4), 64: PoolTile(32, 64, 4)}  # by block of channels
+
+
+def pool_tile(channels: int, element_size: int) -> PoolTile:
+    return by_alignment(POOL[channel_block(channels, element_size)], channels, element_size)
+
+
+def pool_parts(batch: int, pixels: int, channels: int, tile: PoolTile) -> int:
+    """Partial sums per image: enough to fill the GPU, each over at least four tiles of pixels."""
+    wanted = -(-PROGRAMS // (batch * -(-channels // tile.channels)))
+    return max(1, min(wanted, pixels // (4 * tile.pixels)))
+
+
+class SumTile(NamedTuple):
+    """Partial sums and channels that one program adds at a time."""
+
+    parts: int
+    channels: int
+    num_warps: int
+
+
+SUM_PARTS = SumTile(32, 64, 4)
+
+
+class LinearTile(NamedTuple):
+    """Rows of the batch, outputs and inputs of a linear layer that one program takes at a time."""
+
+    batch: int
+    outputs: int
+    inputs: int
+    num_warps: int
+
+
+# By whether the inputs lie next to each other in the weights (forward) or the outputs do (backward).
+LINEAR = {True: LinearTile(4, 4, 256, 4), False: LinearTile(4, 32, 32, 4)}
+LINEAR_WEIGHT_BWD = LinearTile(4, 16, 64, 4)
+
+
+# the losses
+
+
+class LossTile(NamedTuple):
+    """Of one program: small columns, and classes as registers of a lane times lanes of a column."""
+
+    registers: int
+    columns: int
+    lanes: int
+    num_warps: int
+
+
+# By classes, up to the key: the lanes of a column lie in one warp.
+LOSS_SOFTMAX = {
+    2: LossTile(2, 32, 1, 1),
+    4: LossTile(4, 32, 1, 1),
+    8: LossTile(4, 16, 2, 1),
+    16: LossTile(8, 64, 2, 4),
+    32: LossTile(8, 32, 4, 4),
+    64: LossTile(8, 16, 8, 4),
+    128: LossTile(8, 8, 16, 4),
+    256: LossTile(8, 4, 32, 4),
+}
+# By channels: more registers a channel and no sum over channels, so more lanes.
+LOSS_SIGMOID = {
+    1: LossTile(1, 32, 1, 1),
+    2: LossTile(2, 32, 1, 1),
+    4: LossTile(2, 32, 2, 2),
+    8: LossTile(2, 16, 4, 2),
+    16: LossTile(2, 16, 8, 4),
+    32: LossTile(2, 8, 16, 4),
+    64: LossTile(2, 4, 32, 4),
+    128: LossTile(2, 4, 64, 8),
+    256: LossTile(2, 2, 128, 8),
+}
+
+
+def loss_tile(classes: int, small_width: int, sigmoid: bool) -> LossTile:
+    """The table's entry, with no more columns than the image has."""
+    table = LOSS_SIGMOID if sigmoid else LOSS_SOFTMAX
+    registers, columns, lanes, num_warps = table[power_of_two(classes)]
+    while columns > 1 and columns // 2 >= small_width:
+        columns, num_warps = columns // 2, max(1, num_warps // 2)
+    return LossTile(registers, columns, lanes, num_warps)
+
+
+class LossBands(NamedTuple):
+    """Small rows that a program walks down, and programs that share the full-size rows between two of them."""
+
+    bands: int
+    splits: int
+
+
+# By the full-size rows between two small ones, at the most: 8 to 16 of them a program.
+LOSS_BANDS = {4: LossBands(4, 1), 8: LossBands(2, 1), 16: LossBands(1, 2), 32: LossBands(1, 4)}
+LOSS_TOTAL_BLOCK = 1024  # programs whose sums are added at a time
+
+
+def loss_collect_warps(block: int) -> int:
+    """Of a program that adds ``block`` elements: eight a lane."""
+    return max(1, min(8, block // 256))
+
+
+def loss_bands(small_height: int, height: int) -> LossBands:
+    factor = height // small_height
+    return next((bands for limit, bands in LOSS_BANDS.items() if factor <= limit), LOSS_BANDS[max(LOSS_BANDS)])
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is not less than n."""
+    power = 1
+    while power < n:
+        power *= 2
+    return power
+
+
+# multiscale_argmax and resize_normalize
+
+
+class DecisionTile(NamedTuple):
+    """Pixels of one program, which holds all classes of each."""
+
+    pixels: int
+    num_warps: int
+
+
+# By classes, rounded up to a power of two: at most 32 of them a thread, 16 where there are many.
+MULTISCALE_ARGMAX = {
+    32: DecisionTile(128, 4),
+    64: DecisionTile(64, 8),
+    128: DecisionTile(32, 8),
+    256: DecisionTile(32, 16),
+}
+
+
+def multiscale_argmax_tile(classes: int, element_size: int) -> DecisionTile:
+    """Half the pixels where sums are float64, whose numbers take two registers each."""
+    tile = next(tile for limit, tile in MULTISCALE_ARGMAX.items() if classes <= limit)
+    return tile._replace(pixels=tile.pixels // 2) if element_size == 8 else tile
+
+
+class StreamTile(NamedTuple):
+    """Rows and columns of one program, which computes the source columns once."""
+
+    rows: int
+    pixels: int
+    num_warps: int
+
+
+RESIZE_NORMALIZE = {256: StreamTile(4, 256, 4), 512: StreamTile(4, 512, 4)}  # by columns
+
+
+def resize_normalize_tile(width: int) -> StreamTile:
+    """The wider tile where it fits: fewer programs each with more loads in flight."""
+    return RESIZE_NORMALIZE[512 if width % 512 == 0 or width > 2048 else 256]

@@ -1,0 +1,56 @@
+"""The addresses that one program of a kernel uses, without the memory that they point to: tensors past 2^31 elements
+need none. Runs in Triton's interpreter, with 32-bit arithmetic that wraps as it does on a GPU."""
+
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class _Memory:
+    """Stands in for the interpreter's memory: loads read 0, and every address is kept."""
+
+    def __init__(self) -> None:
+        self.addresses: list[np.ndarray] = []
+
+    def load(self, pointers: np.ndarray, mask: np.ndarray, other: np.ndarray, dtype: Any) -> np.ndarray:
+        self.addresses.append(pointers[mask.astype(bool)])
+        return np.zeros(pointers.shape, dtype)
+
+    def store(self, pointers: np.ndarray, value: np.ndarray, mask: np.ndarray) -> None:
+        self.addresses.append(pointers[mask.astype(bool)])
+
+
+def offsets_of_program(
+    monkeypatch, kernel: Any, program: int, programs: int, pointers: dict[str, torch.dtype], **arguments: Any
+) -> dict[str, Tensor]:
+    """The element offsets (sorted, unique) that ``program`` of ``programs`` uses from each pointer."""
+    from triton.runtime import interpreter
+
+    memory, builder = _Memory(), interpreter.interpreter_builder
+    monkeypatch.setattr(interpreter, "_interpreter", memory)
+    monkeypatch.setattr(interpreter.GridExecutor, "_init_args_hst", lambda self, args, kwargs: (args, kwargs))
+    monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *_: None)
+    monkeypatch.setattr(builder, "set_grid_dim", lambda *dim: setattr(builder, "grid_dim", (programs, 1, 1)))
+    monkeypatch.setattr(builder, "set_grid_idx", lambda *idx: setattr(builder, "grid_idx", (program, 0, 0)))
+    # Pointers 2^48 bytes apart, so that an address tells which it belongs to, even when an offset is negative.
+    bases = {name: (i + 1) << 48 for i, name in enumerate(pointers)}
+    places = {name: _Pointer(dtype, bases[name]) for name, dtype in pointers.items()}
+    kernel[(1,)](**places, **arguments)
+    found = defaultdict(list)
+    for address in np.concatenate([a.ravel() for a in memory.addresses]).astype(np.int64).tolist():
+        name = list(pointers)[((address + (1 << 47)) >> 48) - 1]
+        found[name].append((address - bases[name]) // pointers[name].itemsize)
+    return {name: torch.tensor(offsets).unique() for name, offsets in found.items()}
+
+
+class _Pointer:
+    """What the interpreter takes for a tensor: a dtype and an address."""
+
+    def __init__(self, dtype: torch.dtype, address: int):
+        self.dtype, self.address = dtype, address
+
+    def data_ptr(self) -> int:
+        return self.address
