@@ -9,6 +9,7 @@ tiny shapes in Triton's interpreter: its times mean nothing, it shows that the s
 
 import argparse
 import datetime
+import itertools
 import math
 import os
 import statistics
@@ -76,10 +77,10 @@ def override(path: Path, tile: Any) -> Any:
 
 
 def neighbours(tile: Any) -> Iterator[Any]:
-    """Tiles with one number halved, one doubled, or one halved and another doubled."""
+    """Tiles with one number doubled, one halved, or one doubled and another halved."""
     names = tile._fields
-    moves = [{}, *({name: 2.0} for name in names)]
-    moves = [{**up, down: 0.5} for up in moves for down in names if down not in up] + moves[1:]
+    moves = [{name: factor} for factor in (2.0, 0.5) for name in names]
+    moves += [{up: 2.0, down: 0.5} for up, down in itertools.permutations(names, 2)]
     for move in moves:
         other = tile._replace(**{name: int(getattr(tile, name) * factor) for name, factor in move.items()})
         if min(other) >= 1 and other._asdict().get("num_warps", 1) <= WARPS:

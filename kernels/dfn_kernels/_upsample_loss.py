@@ -19,7 +19,8 @@ from dfn_kernels._resize_rows import RowResize
 REDUCTIONS = ("mean", "sum", "none")
 LABELS = (torch.uint8, torch.int32, torch.int64)
 MAX_CLASSES = 256
-CHUNK = 1 << 20  # resized logits that the CPU path holds at a time: 4 MB in float32
+CHUNK = 1 << 19  # numbers that the CPU path holds at a time: 2 MB in float32
+PER_PIXEL = 12  # of them, besides the resized logits
 
 
 class Rule(NamedTuple):
@@ -133,7 +134,7 @@ def _forward_by_chunks(
     gradient = logits.new_zeros((B, h, K, w) if need_grad else (0,), dtype=acc)
     pixel_loss = logits.new_zeros(labels.shape if reduction == "none" else (0,), dtype=acc)
     sums = logits.new_zeros(2, dtype=torch.float64)  # of loss and weight
-    resize = RowResize((h, w), (H, W), CHUNK // (K * W), gradient)
+    resize = RowResize((h, w), (H, W), CHUNK // ((K + PER_PIXEL) * W), gradient)
     for b, image in enumerate(logits):
         image = image.permute(1, 0, 2).to(acc, memory_format=torch.contiguous_format)  # [h, K, w]
         if not rule.sigmoid:  # an offset that all classes share changes nothing, and costs digits in the resize
@@ -184,7 +185,9 @@ def backward(
     if gradient.ndim != 4:  # rows of sums of the kernels' programs
         return kernels.launch_bwd(d_loss, gradient, scale, shape, dtype, sigmoid)
     d_logits = torch.empty(shape, dtype=dtype, device=gradient.device, memory_format=torch.channels_last)
-    return torch.mul(gradient.permute(0, 2, 1, 3), scale * d_loss, out=d_logits)
+    for image, sums in zip(d_logits, gradient, strict=True):
+        image.copy_((sums.double() * (scale * d_loss)).transpose(0, 1))
+    return d_logits
 
 
 @backward.register_fake

@@ -59,8 +59,9 @@ def _forward_torch(
     fc1_weight, fc1_bias, fc2_weight, fc2_bias = (x.to(acc) for x in parameters)
     out = resize_torch(high, low)
     mean = torch.cat([_pixel_sums(low, acc), _pixel_sums(out, acc)], dim=1).div_(low.shape[2:].numel())
-    hidden = torch.addmm(fc1_bias, mean, fc1_weight.t()).relu_()
-    gate = torch.addmm(fc2_bias, hidden, fc2_weight.t()).sigmoid_()
+    with torch.autocast(low.device.type, enabled=False):  # it would take the linear layers to half precision
+        hidden = torch.addmm(fc1_bias, mean, fc1_weight.t()).relu_()
+        gate = torch.addmm(fc2_bias, hidden, fc2_weight.t()).sigmoid_()
     out.addcmul_(low, gate.to(low.dtype)[:, :, None, None])
     return out, mean, hidden, gate
 
@@ -77,14 +78,15 @@ def _backward_torch(
     dtype, acc = weights[0].dtype, gate.dtype
     fc1_weight, fc2_weight = (x.to(acc) for x in weights)
     d_gate = _pixel_sums(d_out, acc, low) * gate * (1 - gate)  # of the sigmoid's argument
-    d_hidden = (d_gate @ fc2_weight).mul_(hidden > 0)  # of the ReLU's argument
-    d_mean_low, d_mean_high = (d_hidden @ fc1_weight).chunk(2, dim=1)
+    with torch.autocast(low.device.type, enabled=False):
+        d_hidden = (d_gate @ fc2_weight).mul_(hidden > 0)  # of the ReLU's argument
+        d_mean_low, d_mean_high = (d_hidden @ fc1_weight).chunk(2, dim=1)
+        d_parameters = d_hidden.t() @ mean, d_hidden.sum(0), d_gate.t() @ hidden, d_gate.sum(0)
     d_low = torch.empty_like(low, memory_format=torch.channels_last)
     share, gate = (x.to(low.dtype)[:, :, None, None] for x in (d_mean_low / low.shape[2:].numel(), gate))
     torch.addcmul(share, d_out, gate, out=d_low)
     d_high = resize_bwd_torch(d_out, size)
     d_high += (_mean_weights(size, low.shape[2:], d_mean_high) * d_mean_high[:, :, None, None]).to(low.dtype)
-    d_parameters = d_hidden.t() @ mean, d_hidden.sum(0), d_gate.t() @ hidden, d_gate.sum(0)
     d_fc1_weight, d_fc1_bias, d_fc2_weight, d_fc2_bias = (x.to(dtype) for x in d_parameters)
     return d_low, d_high, d_fc1_weight, d_fc1_bias, d_fc2_weight, d_fc2_bias
 
@@ -185,7 +187,8 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_out: Tensor) -> Gradients:
         low, *vectors, fc1_weight, fc2_weight = ctx.saved_tensors
-        return _backward_torch(nhwc(d_out), nhwc(low), ctx.size, vectors, (fc1_weight, fc2_weight))
+        weights = (fc1_weight.contiguous(), fc2_weight.contiguous())
+        return _backward_torch(nhwc(d_out), nhwc(low), ctx.size, vectors, weights)
 
 
 def channel_attention(

@@ -57,15 +57,21 @@ def _pick_size(numbers, i):
 
 
 @triton.jit
-def _gather(pointer, offsets, mask, CLASSES: tl.constexpr, PIXELS: tl.constexpr, ACC: tl.constexpr):
-    """Loads ``[CLASSES, PIXELS]`` as a vector, so that a thread holds the classes of its own pixels.
+def _gather(
+    address, kind, offsets, mask, TYPES: tl.constexpr, CLASSES: tl.constexpr, PIXELS: tl.constexpr, ACC: tl.constexpr
+):
+    """Loads ``[CLASSES, PIXELS]`` of a map of ``TYPES[kind]`` as a vector, so that a thread holds all of a pixel.
 
     Loaded as a matrix, the contiguous classes would be spread over the threads: each softmax would need shuffles
     and every thread would compute every pixel's address.
     """
-    pointers = tl.reshape(pointer + offsets, [CLASSES * PIXELS])
-    flat = tl.load(pointers, mask=tl.reshape(mask, [CLASSES * PIXELS]), other=0.0)
-    return tl.reshape(flat.to(ACC), [CLASSES, PIXELS])
+    offsets = tl.reshape(offsets, [CLASSES * PIXELS])
+    mask = tl.reshape(mask, [CLASSES * PIXELS])
+    flat = tl.zeros([CLASSES * PIXELS], ACC)
+    for j in tl.static_range(len(TYPES)):
+        if kind == j:
+            flat = tl.load(address.to(tl.pointer_type(TYPES[j])) + offsets, mask=mask, other=0.0).to(ACC)
+    return tl.reshape(flat, [CLASSES, PIXELS])
 
 
 @triton.jit(do_not_specialize=["height", "width"])
@@ -94,16 +100,13 @@ def _multiscale_argmax_kernel(
         stride = _pick_size(strides, i)
         upper = (image * h + top) * w * stride
         lower = (image * h + bottom) * w * stride
-        left = (left * stride)[None, :]
-        right = (right * stride)[None, :]
-        logit = tl.zeros([CLASSES, PIXELS], ACC)
-        for j in tl.static_range(len(TYPES)):
-            if _pick(KINDS, i) == j:
-                pointer = _pick(map_ptrs, i).to(tl.pointer_type(TYPES[j]))
-                logit = _gather(pointer, upper + left + k, classes, CLASSES, PIXELS, ACC) * ((1 - below) * (1 - beyond))
-                logit += _gather(pointer, upper + right + k, classes, CLASSES, PIXELS, ACC) * ((1 - below) * beyond)
-                logit += _gather(pointer, lower + left + k, classes, CLASSES, PIXELS, ACC) * (below * (1 - beyond))
-                logit += _gather(pointer, lower + right + k, classes, CLASSES, PIXELS, ACC) * (below * beyond)
+        left = (left * stride)[None, :] + k
+        right = (right * stride)[None, :] + k
+        x, kind = _pick(map_ptrs, i), _pick(KINDS, i)
+        logit = _gather(x, kind, upper + left, classes, TYPES, CLASSES, PIXELS, ACC) * ((1 - below) * (1 - beyond))
+        logit += _gather(x, kind, upper + right, classes, TYPES, CLASSES, PIXELS, ACC) * ((1 - below) * beyond)
+        logit += _gather(x, kind, lower + left, classes, TYPES, CLASSES, PIXELS, ACC) * (below * (1 - beyond))
+        logit += _gather(x, kind, lower + right, classes, TYPES, CLASSES, PIXELS, ACC) * (below * beyond)
         logit = tl.where(classes, logit, float("-inf"))
         power = tl.exp(logit - tl.max(logit, axis=0)[None, :])
         total += power * (1 / tl.sum(power, axis=0))[None, :]

@@ -117,7 +117,9 @@ def upsample_add(low: Tensor, high: Tensor) -> Tensor:
         return _upsample_add(low, high)
     # Outside of a graph PyTorch's own operators: for small features a custom operator's call would cost more.
     low, resized = nhwc(low), _resize(nhwc(high), low.shape[2:])
-    return resized.add_(low) if resized.is_contiguous(memory_format=torch.channels_last) else low + resized
+    # In place it is a fifth faster in float32, and a third slower in half precision.
+    in_place = resized.element_size() > 2 and resized.is_contiguous(memory_format=torch.channels_last)
+    return resized.add_(low) if in_place else low + resized
 
 
 def compile_cases() -> list[CompileCase]:

@@ -1,10 +1,12 @@
 import mmap
 from functools import partial
+from math import prod
 
 import pytest
 import torch
 import torch.nn.functional as F
 from allocations import Allocations
+from dfn_kernels._upsample_loss_triton import gradient_shape
 from dfn_kernels.cross_entropy import upsample_cross_entropy, upsample_cross_entropy_ref
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -40,7 +42,6 @@ def gradient(fn, logits, labels, **settings):
     return loss.detach(), *torch.autograd.grad(loss, logits, random_like(loss))
 
 
-@pytest.mark.xfail(reason="open: the CPU path in float32 at (1, 33, 3, 18, 3, 18) is past the bound")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_matches_the_definition(backend, shape, dtype):
@@ -201,33 +202,40 @@ def test_labels_out_of_range(backend, monkeypatch):
         upsample_cross_entropy(logits, wrong)
 
 
-@pytest.mark.xfail(reason="open: the bound of the kernels at x2 and x32")
-@pytest.mark.parametrize("size", [(4, 128), (16, 64), (2, 128)], ids=["x4", "x32", "x2"])
-def test_memory_is_that_of_the_small_logits(backend, size):
+@pytest.mark.parametrize("factor", [2, 4, 32])
+def test_memory_is_that_of_the_small_logits(backend, factor):
     """Nothing of B * K * H * W elements exists, forward or backward; on the CPU path there is a chunk besides."""
-    rows, width = size
-    factor = {4: 4, 16: 32, 2: 2}[rows]
-    shape = (1, 24, rows // factor + 1, width // factor + 1, rows + 1, width + 1)
-    logits, labels = make_inputs(shape)
+    h, w = {2: (9, 65), 4: (5, 33), 32: (2, 5)}[factor]
+    logits, labels = make_inputs((1, 24, h, w, factor * (h - 1) + 1, factor * (w - 1) + 1))
     small, full = logits.nbytes, 24 * labels.numel() * 4
     made = Allocations(lambda: gradient(upsample_cross_entropy, logits, labels))
-    assert made.peak < 14 * small + labels.numel() * 16 + (2 * full if backend == "torch" else 0)
-    if backend == "triton":
-        assert made.largest <= 10 * small
-        assert made.largest < full
+    if backend == "torch":
+        assert made.peak < 8 * small + 2 * full
+        return
+    sums = 4 * prod(gradient_shape(logits, labels.shape[1], False))
+    assert made.largest == max(sums, small)
+    assert made.largest < 0.7 * full
+    assert made.peak < sums + 3 * small + 4096  # the logits' gradient, and each program's sums of loss and weight
 
 
-@pytest.mark.xfail(reason="open: the CPU path takes more than half of it")
+@pytest.mark.parametrize(("factor", "most"), [(2, 1.4), (4, 1.4), (8, 1.6), (16, 4.2), (32, 9)])
+def test_sums_of_the_gradient_at_the_networks_shapes(factor, most):
+    """What the docstring says of 21 classes at 512 x 512, in sizes of the float32 logits."""
+    logits = torch.empty(4, 21, 512 // factor, 512 // factor, device="meta")
+    assert prod(gradient_shape(logits, 512, False)) <= most * logits.numel()
+
+
 @pytest.mark.skipif(DEVICE != "cpu", reason="the CPU path")
 def test_memory_is_below_a_third_of_pytorchs(monkeypatch):
-    """At 21 classes, 512 x 512, batch 4."""
+    """At 21 classes, 512 x 512, batch 4: far below, for what is held of full size is a chunk of rows."""
     monkeypatch.setenv("DFN_KERNELS", "torch")
     torch.use_deterministic_algorithms(False)  # filling 88 MB with NaN again and again takes its time
-    logits, labels = make_inputs((4, 21, 128, 128, 512, 512))
-    ours = Allocations(lambda: gradient(upsample_cross_entropy, logits, labels))
-    full = 4 * 21 * 512 * 512 * 4  # PyTorch keeps the resized logits' log-probabilities and makes their gradient
-    assert ours.peak < 2 * full / 3 / 4
-    assert ours.largest < full / 8
+    inputs = make_inputs((4, 21, 128, 128, 512, 512))
+    ours, theirs = (
+        Allocations(lambda fn=fn: gradient(fn, *inputs)) for fn in (upsample_cross_entropy, upsample_cross_entropy_ref)
+    )
+    assert ours.peak < theirs.peak / 10
+    assert ours.largest <= inputs[0].nbytes
 
 
 def test_same_bits_every_time(backend):
@@ -254,7 +262,7 @@ def test_behaves_like_a_pytorch_operator(backend, reduction):
     torch.library.opcheck(op, (logits.detach(), labels, torch.ones(3, device=DEVICE), None, 255, 0.0, reduction, False))
 
 
-@pytest.mark.xfail(reason="open: strides of the fake gradient differ from the real ones")
+@torch._inductor.config.patch(force_disable_caches=True)  # the cache does not know when an operator changes
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_compiled_equals_eager(backend, compiler):
     if compiler == "inductor" and backend == "triton" and DEVICE == "cpu":
@@ -309,13 +317,12 @@ def test_errors_name_what_is_wrong(change, message):
         upsample_cross_entropy(**call)
 
 
-@pytest.mark.xfail(reason="open: needs mmap.MAP_NORESERVE, of Python 3.13")
 @pytest.mark.skipif(DEVICE != "cpu", reason="runs in the interpreter; a GPU has the test below")
 def test_offsets_past_32_bits(triton_backend):
     """Images that lie 2^31 elements apart, in memory of which only the touched pages exist."""
     logits, labels = make_inputs((2, 5, 2, 3, 3, 5), torch.float16)
     apart = 2**31 + 16
-    with mmap.mmap(-1, 2 * (apart + 64), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_NORESERVE) as memory:
+    with mmap.mmap(-1, 2 * (apart + 64), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
         strided = torch.frombuffer(memory, dtype=torch.float16).as_strided(logits.shape, (apart, 1, 15, 5))
         strided.copy_(logits)
         ours = gradient(upsample_cross_entropy, strided, labels)
