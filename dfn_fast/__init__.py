@@ -1,6 +1,8 @@
 """FastDFN: the Discriminative Feature Network (Yu et al., CVPR 2018) for semantic segmentation, made fast."""
 
+from dfn_fast.model import FastDFN
 from dfn_fast.reference import ReferenceDFN
+from dfn_fast.savings import Savings
 
-__all__ = ["ReferenceDFN"]
+__all__ = ["FastDFN", "ReferenceDFN", "Savings"]
 __version__ = "0.1.0"

@@ -12,7 +12,7 @@ from torch import Tensor
 from dfn_fast.backbone import LAYERS, BasicBlock, Bottleneck
 from dfn_fast.checkpoint import Mismatch, load_weights, read_file, state_dict_of
 from dfn_fast.errors import CheckpointError
-from dfn_fast.reference import ReferenceDFN
+from dfn_fast.model import FastDFN
 
 FORMAT = 1
 
@@ -21,7 +21,7 @@ FORMAT = 1
 class LoadedModel:
     """A network from a checkpoint, in eval mode, and what its scores mean."""
 
-    model: ReferenceDFN
+    model: FastDFN
     model_config: dict[str, Any]  # keyword arguments of the network
     classes: tuple[str, ...]
     palette: np.ndarray  # [K, 3] RGB uint8
@@ -60,7 +60,7 @@ def load_model(
     classes, palette = _class_table(content, config["num_classes"], path)
     with torch.random.fork_rng(devices=[]):  # the initial weights are not kept: they must not cost the caller's draws
         try:
-            model = ReferenceDFN(**config)
+            model = FastDFN(**config)
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: its model_config {config} builds no network ({error})") from error
     mismatch = load_weights(model, content, strict=strict, where=str(path))

@@ -5,6 +5,7 @@ PyTorch for all others; with ``TRITON_INTERPRET=1`` the Triton kernels for CPU t
 is an error.
 """
 
+import contextlib
 import os
 
 import torch
@@ -49,6 +50,13 @@ def debugging() -> bool:
 def nhwc(x: Tensor) -> Tensor:
     """``x`` in channels_last: itself where it is, else a copy. The one place where a layout is converted."""
     return x.contiguous(memory_format=torch.channels_last)
+
+
+def full_precision(device: torch.device) -> contextlib.AbstractContextManager:
+    """No autocast: it would take resizes and matrix products to half precision."""
+    # Devices without autocast, such as meta, refuse to have it switched off.
+    known = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if known else contextlib.nullcontext()
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dfn_kernels import _upsample_loss_triton as kernels
-from dfn_kernels._backend import accumulator, check_features, debugging, use_triton
+from dfn_kernels._backend import accumulator, check_features, debugging, full_precision, use_triton
 from dfn_kernels._resize_rows import RowResize
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -100,7 +100,7 @@ def forward(
         return kernels.launch_fwd(
             logits, labels, class_weight, pixel_weight, **rule._asdict(), reduction=reduction, need_grad=need_grad
         )
-    with torch.autocast(logits.device.type, enabled=False):  # it would take the resize to half precision
+    with full_precision(logits.device):
         return _forward_by_chunks(chunk_loss, rule, logits, labels, class_weight, pixel_weight, reduction, need_grad)
 
 

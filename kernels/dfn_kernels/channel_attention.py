@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dfn_kernels import _channel_attention_triton as kernels
 from dfn_kernels import _upsample_add_triton
-from dfn_kernels._backend import DTYPES, accumulator, nhwc, use_triton
+from dfn_kernels._backend import DTYPES, accumulator, full_precision, nhwc, use_triton
 from dfn_kernels._compile import CompileCase
 from dfn_kernels.upsample_add import check_offsets, check_pair, resize_bwd_torch, resize_torch
 
@@ -59,7 +59,7 @@ def _forward_torch(
     fc1_weight, fc1_bias, fc2_weight, fc2_bias = (x.to(acc) for x in parameters)
     out = resize_torch(high, low)
     mean = torch.cat([_pixel_sums(low, acc), _pixel_sums(out, acc)], dim=1).div_(low.shape[2:].numel())
-    with torch.autocast(low.device.type, enabled=False):  # it would take the linear layers to half precision
+    with full_precision(low.device):
         hidden = torch.addmm(fc1_bias, mean, fc1_weight.t()).relu_()
         gate = torch.addmm(fc2_bias, hidden, fc2_weight.t()).sigmoid_()
     out.addcmul_(low, gate.to(low.dtype)[:, :, None, None])
@@ -78,7 +78,7 @@ def _backward_torch(
     dtype, acc = weights[0].dtype, gate.dtype
     fc1_weight, fc2_weight = (x.to(acc) for x in weights)
     d_gate = _pixel_sums(d_out, acc, low) * gate * (1 - gate)  # of the sigmoid's argument
-    with torch.autocast(low.device.type, enabled=False):
+    with full_precision(low.device):
         d_hidden = (d_gate @ fc2_weight).mul_(hidden > 0)  # of the ReLU's argument
         d_mean_low, d_mean_high = (d_hidden @ fc1_weight).chunk(2, dim=1)
         d_parameters = d_hidden.t() @ mean, d_hidden.sum(0), d_gate.t() @ hidden, d_gate.sum(0)
