@@ -10,6 +10,7 @@ from dfn_kernels._upsample_loss_triton import gradient_shape
 from dfn_kernels.cross_entropy import upsample_cross_entropy, upsample_cross_entropy_ref
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loss_problems import gradient
 from parity import DEVICE, DTYPES, assert_no_worse_than, random_like
 
 # Rows and the columns between two small columns cost time in the interpreter; width and classes do not.
@@ -34,12 +35,6 @@ def make_inputs(shape, dtype=torch.float32, ignored=0.2, scale=3.0):
     labels[torch.rand(B, H, W, generator=generator) < ignored] = 255
     labels.view(-1)[0] = 0  # at least one is valid
     return logits.to(DEVICE, dtype), labels.to(DEVICE)
-
-
-def gradient(fn, logits, labels, **settings):
-    logits = logits.detach().requires_grad_()
-    loss = fn(logits, labels, **settings)
-    return loss.detach(), *torch.autograd.grad(loss, logits, random_like(loss))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
