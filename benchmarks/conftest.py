@@ -19,6 +19,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "training: an operator at a training shape")
     config.addinivalue_line("markers", "inference: an operator at an inference shape")
     config.stash[REPORT] = Report()
+    config.stash[NOTES] = []
 
 
 def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
@@ -70,6 +71,7 @@ class Report:
 
 
 REPORT = pytest.StashKey[Report]()
+NOTES = pytest.StashKey[list[str]]()
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -102,9 +104,19 @@ def report(pytestconfig: pytest.Config) -> Report:
     return pytestconfig.stash[REPORT]
 
 
+@pytest.fixture(scope="session")
+def notes(pytestconfig: pytest.Config) -> list[str]:
+    """Lines for the end of the summary."""
+    return pytestconfig.stash[NOTES]
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     report = config.stash[REPORT]
     if report.rows:
         terminalreporter.section("operators: ratios of ours to eager and compile, slower than compile first")
         for line in report.lines():
+            terminalreporter.write_line(line)
+    if config.stash[NOTES]:
+        terminalreporter.section("whole steps")
+        for line in config.stash[NOTES]:
             terminalreporter.write_line(line)

@@ -159,22 +159,35 @@ def rounds_for(function: Callable[[], Any], budget: float = 1.0, least: int = 5,
 
 def peak_memory(function: Callable[[], Any]) -> int:
     """The most bytes allocated at one time during a call, beyond what was allocated before it."""
+    return _memory(function)[0]
+
+
+def held_memory(function: Callable[[], Any]) -> int:
+    """The bytes that a call leaves allocated while its result lives: what a forward pass keeps for the backward."""
+    return _memory(function)[1]
+
+
+def _memory(function: Callable[[], Any]) -> tuple[int, int]:
+    """Bytes at the most, and at the end with the result still alive, beyond those before the call."""
     function()
     if DEVICE.type == "cuda":
         synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        function()
+        result = function()
         synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        peak, held = torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before
+        del result
+        return peak, held
     with torch.autograd.profiler.profile(profile_memory=True) as profile:
-        function()
+        result = function()
     events = [e for e in profile.kineto_results.events() if e.name() == "[memory]"]
-    allocated = peak = 0
+    held = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
-        allocated += event.nbytes()
-        peak = max(peak, allocated)
-    return peak
+        held += event.nbytes()
+        peak = max(peak, held)
+    del result
+    return peak, held
 
 
 @functools.lru_cache(maxsize=1)

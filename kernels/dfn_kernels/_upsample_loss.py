@@ -38,7 +38,7 @@ class Rule(NamedTuple):
 
 
 # Loss of a chunk of pixels and the gradient for its logits, which may be overwritten: logits [rows, K, columns];
-# labels, valid and weight [rows, 1, columns], or [rows, K, columns] where each class has its own.
+# labels, valid and weight [rows, 1, columns], or [rows, K, columns] where each class has its own. Contiguous.
 ChunkLoss = Callable[[Tensor, Tensor, Tensor, Tensor, Rule], tuple[Tensor, Tensor]]
 
 
@@ -127,7 +127,7 @@ def _forward_by_chunks(
     reduction: str,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The CPU path: some rows of one image at a time."""
+    """The CPU path: some rows of one image at a time, or several small images."""
     B, K, h, w = logits.shape
     H, W = labels.shape[-2:]
     acc = accumulator(logits.dtype)
@@ -135,12 +135,15 @@ def _forward_by_chunks(
     pixel_loss = logits.new_zeros(labels.shape if reduction == "none" else (0,), dtype=acc)
     sums = logits.new_zeros(2, dtype=torch.float64)  # of loss and weight
     resize = RowResize((h, w), (H, W), CHUNK // ((K + PER_PIXEL) * W), gradient)
-    for b, image in enumerate(logits):
-        image = image.permute(1, 0, 2).to(acc, memory_format=torch.contiguous_format)  # [h, K, w]
+    images = max(1, CHUNK // ((K + PER_PIXEL) * H * W))
+    for part in (slice(first, first + images) for first in range(0, B, images)):
+        image = logits[part].permute(2, 0, 1, 3).to(acc).contiguous()  # [h, images, K, w]
         if not rule.sigmoid:  # an offset that all classes share changes nothing, and costs digits in the resize
-            image = image - image.amax(1, keepdim=True)
+            image = image - image.amax(2, keepdim=True)
+        image = image.flatten(1, 2)
+        d_image = torch.zeros_like(image) if need_grad else image
         for chunk in resize.chunks:
-            place = (b, ..., resize.rows(chunk), slice(None))
+            place = (part, ..., resize.rows(chunk), slice(None))
             target = _by_row(labels[place])
             valid = _valid(target, rule.classes or K, rule.ignore_index)
             target = torch.where(valid, target, 0).long()
@@ -148,12 +151,16 @@ def _forward_by_chunks(
             sums[1] += weight.sum(dtype=torch.float64)
             if pixel_weight is not None:
                 weight = weight * _by_row(pixel_weight[place])
-            loss, d_z = chunk_loss(resize.forward(image, chunk), target, valid, weight, rule)
+            resized = resize.forward(image, chunk)
+            loss, d_z = chunk_loss(resized.view(-1, K, W), target, valid, weight, rule)
             sums[0] += loss.sum(dtype=torch.float64)
             if reduction == "none":
-                _by_row(pixel_loss[place]).copy_(loss)
+                out = pixel_loss[place].movedim(-2, 0)  # [rows, images, 1 or K, columns], 1 left out
+                out.copy_(loss.view(out.shape))
             if need_grad:
-                resize.add_backward(gradient[b], d_z, chunk)
+                resize.add_backward(d_image, d_z.view(resized.shape), chunk)
+        if need_grad:
+            gradient[part].copy_(d_image.view(h, -1, K, w).transpose(0, 1))
     if reduction == "none":
         return pixel_loss, gradient, sums.new_empty(0)
     scale = torch.where(sums[1] > 0, 1 / sums[1], 0) if reduction == "mean" else torch.ones_like(sums[1])
@@ -171,8 +178,8 @@ def _valid(labels: Tensor, classes: int, ignore_index: int) -> Tensor:
 
 
 def _by_row(x: Tensor) -> Tensor:
-    """``[rows, columns]`` or ``[K, rows, columns]`` as ``[rows, 1 or K, columns]``."""
-    return x[None].transpose(0, 1) if x.ndim == 2 else x.transpose(0, 1)
+    """``[images, rows, columns]`` or ``[images, K, rows, columns]`` as ``[rows x images, 1 or K, columns]``."""
+    return x.movedim(-2, 0).reshape(-1, 1 if x.ndim == 3 else x.shape[1], x.shape[-1])
 
 
 @torch.library.custom_op("dfn_kernels::upsample_loss_bwd", mutates_args=())
@@ -185,8 +192,9 @@ def backward(
     if gradient.ndim != 4:  # rows of sums of the kernels' programs
         return kernels.launch_bwd(d_loss, gradient, scale, shape, dtype, sigmoid)
     d_logits = torch.empty(shape, dtype=dtype, device=gradient.device, memory_format=torch.channels_last)
-    for image, sums in zip(d_logits, gradient, strict=True):
-        image.copy_((sums.double() * (scale * d_loss)).transpose(0, 1))
+    images = max(1, CHUNK // gradient[0].numel())
+    for image, sums in zip(d_logits.split(images), gradient.split(images), strict=True):
+        image.copy_((sums.double() * (scale * d_loss)).transpose(1, 2))
     return d_logits
 
 
