@@ -9,6 +9,9 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from dfn_fast.memory import chain, recomputed, run_blocks
+from dfn_fast.regions import region
+
 NormLayer = Callable[[int], nn.Module]
 
 
@@ -75,7 +78,10 @@ class ResNet(nn.Module):
     """The feature maps of a ResNet at strides 4, 8, 16 and 32.
 
     ``channels`` holds their channel counts: 256, 512, 1024, 2048 with bottlenecks, else 64, 128, 256, 512.
+    ``memory`` is what is computed again in the backward pass, see :mod:`dfn_fast.memory`.
     """
+
+    memory = "off"
 
     def __init__(self, depth: str = "resnet101", stem: str = "deep", norm_layer: NormLayer = nn.BatchNorm2d):
         super().__init__()
@@ -103,7 +109,7 @@ class ResNet(nn.Module):
         self.bn1 = norm_layer(in_channels)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, 2, 1)
-        stages: list[nn.Module] = []
+        stages: list[nn.Sequential] = []
         for width, count, stride in zip((64, 128, 256, 512), counts, (1, 2, 2, 2), strict=True):
             stages.append(make_stage(block, in_channels, width, count, stride, norm_layer))
             in_channels = width * block.expansion
@@ -112,10 +118,12 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """``[B, 3, H, W]`` -> the four maps, strides 4, 8, 16 and 32; sizes are rounded up where not divisible."""
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        with region("backbone stem"):
+            x = recomputed(self.memory, chain, [self.conv1, self.bn1, self.relu, self.maxpool], x)
         stages = []
-        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = layer(x)
+        for i, layer in enumerate((self.layer1, self.layer2, self.layer3, self.layer4)):
+            with region(f"backbone stage 1/{4 << i}"):
+                x = run_blocks(layer, x, self.memory)
             stages.append(x)
         return stages
 

@@ -11,6 +11,8 @@ from dfn_fast.backbone import LAYERS, STEMS
 from dfn_fast.cli import nearest
 from dfn_fast.errors import ConfigError
 
+MODELS = ("fast", "reference")
+MEMORY = ("off", "norm", "blocks")
 PAPER_SCALES = (0.5, 0.75, 1.0, 1.5, 1.75)
 
 
@@ -39,6 +41,9 @@ class TrainConfig:
     border_width: int = option(7, "data", "width of the border targets in pixels, odd", minimum=1)
     workers: int = option(4, "data", "processes that load images; 0 loads in the main one", minimum=0)
 
+    model: str = option(
+        "fast", "network", "FastDFN or the plain ReferenceDFN: same weights, same results up to rounding", MODELS
+    )
     backbone: str = option("resnet101", "network", "depth of the ResNet", choices=tuple(LAYERS))
     stem: str = option(
         "deep", "network", "three 3x3 convolutions (published DFN) or one 7x7 (torchvision)", choices=STEMS
@@ -88,7 +93,20 @@ class TrainConfig:
         ("auto", "bf16", "fp16", "off"),
     )
     channels_last: bool = option(True, "execution", "channels_last memory format")
-    compile: bool = option(False, "execution", "torch.compile the network")
+    compile: bool | None = option(
+        None, "execution", "torch.compile the step (default: on CUDA; on a CPU it slows training)"
+    )
+    cuda_graph: bool = option(
+        False, "execution", "launch forward and backward as one CUDA graph: less work for the host, more GPU memory"
+    )
+    memory: str = option(
+        "off",
+        "execution",
+        "what the backward pass computes again instead of keeping it; norm: normalisation, ReLU and additions of the "
+        "backbone, about 0.8 x the activation memory and 1 to 1.2 x the time; blocks: all residual blocks, about "
+        "0.4 to 0.55 x and 1.3 to 1.4 x",
+        MEMORY,
+    )
     deterministic: bool = option(False, "execution", "deterministic algorithms only, slower on a GPU")
     seed: int = option(0, "execution", "seed of the weights, of the order and of the augmentation", minimum=0)
 
@@ -122,6 +140,14 @@ class TrainConfig:
             raise ConfigError(
                 "--batch-size 1 cannot be trained: batch norm after global pooling would see one value per channel. "
                 "Use --batch-size 2 or more (with --accumulate for larger steps), or --no-global-context"
+            )
+
+        if self.memory != "off" and self.model != "fast":
+            raise ConfigError(f"--memory {self.memory} needs --model fast; the reference keeps every activation")
+        if self.cuda_graph and self.accumulate > 1:
+            raise ConfigError(
+                "--cuda-graph overwrites the gradients at each pass and cannot add those of several; "
+                "leave out --accumulate or --cuda-graph"
             )
 
     def model_settings(self) -> dict[str, Any]:

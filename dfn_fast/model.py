@@ -4,12 +4,14 @@ Parameters, their names, initialisation and checks are the reference's; what dif
 the operators of ``dfn_kernels`` and the exact savings of :mod:`dfn_fast.savings`.
 """
 
+import torch
 import torch.nn.functional as F
 from dfn_kernels import channel_attention, upsample_add, upsample_cross_entropy, upsample_focal_loss
 from torch import Tensor, nn
 
 from dfn_fast.losses import CrossEntropyLoss, SigmoidFocalLoss, dfn_loss, focal_loss
-from dfn_fast.reference import ReferenceDFN, Scores, resize
+from dfn_fast.memory import recomputed
+from dfn_fast.reference import ChannelAttentionBlock, ReferenceDFN, resize
 from dfn_fast.regions import region
 from dfn_fast.savings import Savings, gate_parameters, head_scores, rrb
 
@@ -23,6 +25,7 @@ class FastDFN(ReferenceDFN):
     """
 
     savings = Savings()
+    memory = "off"  # what the backward pass computes again, see :mod:`dfn_fast.memory`
 
     def forward(self, data: Tensor, label: Tensor | None = None, aux_label: Tensor | None = None) -> Tensor:
         """Normalised RGB ``[B, 3, H, W]`` -> log-probabilities ``[B, K, H, W]``; with both labels, the loss (eq. 7).
@@ -56,15 +59,11 @@ class FastDFN(ReferenceDFN):
             return upsample_focal_loss(score, target, **settings)
         return criterion(resize(score, target.shape[-2:]), target)
 
-    def smooth_network(self, stages: list[Tensor], size: tuple[int, int]) -> list[Tensor]:
+    def smooth_network(self, stages: list[Tensor], size: torch.Size) -> list[Tensor]:
         return [resize(score, size) for score in self.smooth_scores(stages)]
 
-    def border_network(self, stages: list[Tensor], size: tuple[int, int]) -> list[Tensor]:
+    def border_network(self, stages: list[Tensor], size: torch.Size) -> list[Tensor]:
         return [resize(score, size) for score in self.border_scores(stages)]
-
-    def scores(self, data: Tensor) -> Scores:
-        """The scores of all heads at the image's size, before softmax and sigmoid."""
-        return super().scores(data)
 
     def smooth_scores(self, stages: list[Tensor], last_only: bool = False) -> list[Tensor]:
         """Section 3.1, from the highest stage to the lowest: scores ``[B, K, h, w]`` at the size of each stage."""
@@ -73,22 +72,23 @@ class FastDFN(ReferenceDFN):
             high = self.first_high(stages[-1])
         for i, stage in enumerate(reversed(stages)):
             with region(f"smooth stage 1/{32 >> i}"):
-                low = rrb(self.smooth_pre_rrbs[i], stage, self.savings)
-                high = rrb(self.smooth_aft_rrbs[i], self.attend(i, low, high), self.savings)
+                low = recomputed(self.memory, rrb, self.smooth_pre_rrbs[i], stage, self.savings)
+                low = self.attend(i, low, high)
+                high = recomputed(self.memory, rrb, self.smooth_aft_rrbs[i], low, self.savings)
             head = self.smooth_heads[i]
             if not isinstance(head, nn.Identity) and (i == 3 or not last_only):
                 with region(f"smooth head 1/{32 >> i}"):
-                    scores.append(head_scores(head, high, self.savings))
+                    scores.append(recomputed(self.memory, head_scores, head, high, self.savings))
         return scores
 
     def attend(self, i: int, low: Tensor, high: Tensor) -> Tensor:
         """Channel attention block ``i``, eq. 3: ``high``, at its own size, chooses channels of ``low``."""
         if not len(self.cabs):
             return self.add(low, high)
-        cab = self.cabs[i]
+        cab: ChannelAttentionBlock = self.cabs[i]  # type: ignore[assignment]
         if not self.savings.channel_attention:
             return cab(low, resize(high, low.shape[2:]))
-        return channel_attention(low, high.to(low.dtype), *gate_parameters(cab.channel_attention.fc))
+        return channel_attention(low, high.to(low.dtype), *gate_parameters(cab.channel_attention))
 
     def add(self, low: Tensor, high: Tensor) -> Tensor:
         """``low + resize(high)``."""
@@ -102,9 +102,12 @@ class FastDFN(ReferenceDFN):
         acc = None
         for i, stage in enumerate(stages):
             with region(f"border stage 1/{4 << i}"):
-                x = rrb(self.border_pre_rrbs[i], stage, self.savings, padded=True)
-                acc = x if acc is None else rrb(self.border_aft_rrbs[i], self.add(acc, x), self.savings, padded=True)
+                x = recomputed(self.memory, rrb, self.border_pre_rrbs[i], stage, self.savings, padded=True)
+                if acc is not None:
+                    x = self.add(acc, x)
+                    x = recomputed(self.memory, rrb, self.border_aft_rrbs[i], x, self.savings, padded=True)
+                acc = x
             if not isinstance(self.border_heads[i], nn.Identity):
                 with region(f"border head {i + 1}"):
-                    scores.append(head_scores(self.border_heads[i], acc, self.savings))
+                    scores.append(recomputed(self.memory, head_scores, self.border_heads[i], acc, self.savings))
         return scores

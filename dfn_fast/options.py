@@ -26,6 +26,7 @@ examples:
 
 # What may differ between a run and its continuation: it changes where and how fast, not what is computed.
 RESUMABLE = {"root", "workers", "device", "log_every", "val_every", "checkpoint_every", "tensorboard", "output_dir"}
+RESUMABLE |= {"memory", "cuda_graph"}
 
 
 def parser() -> cli.Parser:
@@ -42,6 +43,9 @@ def parser() -> cli.Parser:
     result.add_argument("--config", metavar="FILE", help="start from the config.json of another run, not from a recipe")
     result.add_argument("--resume", action="store_true", help="continue the run in --output-dir (default: the newest)")
     result.add_argument("--stop-after", type=int, metavar="N", help="save and leave after iteration N of the run")
+    result.add_argument(
+        "--profile", action="store_true", help="show where the time of a few steps goes, and write trace.json.gz"
+    )
     groups: dict[str, Any] = {}
     for f in dataclasses.fields(TrainConfig):
         name = f.metadata["group"]
@@ -54,9 +58,10 @@ def parser() -> cli.Parser:
 def _add_field(group: Any, f: dataclasses.Field, default: Any) -> None:
     kind = typing.get_type_hints(TrainConfig)[f.name]
     settings: dict[str, Any] = {"default": argparse.SUPPRESS, "dest": f.name, "help": f.metadata["help"]}
-    if kind is bool:
+    if kind is bool or bool in typing.get_args(kind):
         settings |= {"action": argparse.BooleanOptionalAction}
-        settings["help"] += f" (default: {'on' if default else 'off'})"
+        if default is not None:
+            settings["help"] += f" (default: {'on' if default else 'off'})"
     else:
         plain = next(t for t in (int, float, str) if t is kind or t in typing.get_args(kind))
         if f.name == "crop":

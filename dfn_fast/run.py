@@ -12,11 +12,14 @@ from tqdm import tqdm
 from dfn_fast.checkpoint import read_file, save_atomic
 from dfn_fast.config import TrainConfig
 from dfn_fast.data.loader import TrainLoader
+from dfn_fast.data.prefetch import on_device
 from dfn_fast.data.registry import build_dataset
 from dfn_fast.data.transforms import TrainTransform
 from dfn_fast.errors import CheckpointError, ConfigError
 from dfn_fast.interrupt import Stopped, StopRequest
 from dfn_fast.loading import FORMAT
+from dfn_fast.profiling import StepProfiler
+from dfn_fast.regions import region
 from dfn_fast.run_folder import RunFolder
 from dfn_fast.run_report import TensorBoard, validate
 from dfn_fast.training import LossWatch, Position, Trainer, build_model, choose_device, seed_everything
@@ -58,11 +61,18 @@ class Run:
         model = build_model(config, self.train_set.num_classes)
         self.trainer = Trainer(model, config, self.iterations, self.device)
         self.position = Position()
+        self.profiler: StepProfiler | None = None
         # On a CPU the loss is there at once; on a GPU reading it waits for the device.
         self.read_every = 1 if self.device.type == "cpu" else config.log_every
 
+    def profile_steps(self) -> None:
+        """Asks :meth:`train` to profile a few steps on its way."""
+        whole = self.trainer.compiled or self.config.cuda_graph
+        self.profiler = StepProfiler(self.folder.path, self.device, regions=not whole)
+
     def train(self) -> None:
         """All that is left of the run, from its position on. Raises :class:`Stopped` on request, with all saved."""
+        print(f"training {self.trainer.description()}")
         bar = tqdm(total=self.iterations, initial=self.position.iteration, unit="it", disable=None, dynamic_ncols=True)
         with bar, TensorBoard(self.folder.path, self.config.tensorboard) as board:
             for epoch in range(self.position.epoch, self.epochs):
@@ -77,15 +87,20 @@ class Run:
                     raise
                 self.position.epoch, self.position.step, self.position.loss_sum = epoch + 1, 0, 0.0
                 self.save(self.folder.last)
+        if self.profiler is not None:
+            self.profiler.close()
 
     def train_epoch(self, bar: tqdm, board: TensorBoard) -> None:
         """The rest of the current epoch."""
         position, accumulate = self.position, self.config.accumulate
         watch = LossWatch()
-        batches = self.loader.epoch(position.epoch, position.step * accumulate)
+        batches = on_device(self.loader.epoch(position.epoch, position.step * accumulate), self.device)
         for _ in range(min(self.steps - position.step, self.iterations - position.iteration)):
+            if self.profiler is not None:
+                self.profiler.before(self.steps - position.step, self.steps)
             start = time.perf_counter()
-            group = list(islice(batches, accumulate))
+            with region("input"):
+                group = list(islice(batches, accumulate))
             loss = self.trainer.step(group, position.iteration)
             watch.add(position.iteration, loss, [name for batch in group for name in batch.names])
             position.step += 1
@@ -93,6 +108,8 @@ class Run:
             bar.update()
             leaving = self.stop.requested or position.iteration == self.stop_after
             last = position.step == self.steps or position.iteration == self.iterations
+            if self.profiler is not None:
+                self.profiler.after(last or leaving)
             log = position.iteration % self.config.log_every == 0
             save = position.iteration % self.config.checkpoint_every == 0
             if leaving or last or log or save or position.iteration % self.read_every == 0:

@@ -60,6 +60,7 @@ def summarise(
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "versions": versions(),
         "device": device_name(trainer.device),
+        "execution": trainer.execution(),
         "checkpoint": checkpoint,
     }
 

@@ -5,7 +5,6 @@ and ``state_dict`` see the published shapes. What is composed is composed in flo
 Forward hooks of the convolutions inside a block are not called.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch.nn.functional as F
@@ -13,7 +12,7 @@ from dfn_kernels._backend import full_precision
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from dfn_fast.reference import Head, RefinementResidualBlock
+from dfn_fast.reference import Head, RefinementResidualBlock, SqueezeGate
 
 TENSOR_CORE_CHANNELS = 8  # channel counts that the tensor cores of a GPU want are multiples of this, in half precision
 
@@ -124,7 +123,7 @@ def head_scores(head: Head, x: Tensor, savings: Savings) -> Tensor:
     width = savings.padded(hidden, x) if padding else hidden
     shortcut, t = refine(block, x, width, savings)
     last = pad(last, savings.padded(scores, x) if padding else scores, width)
-    bias = pad(bias, last.shape[0])
+    bias = None if bias is None else pad(bias, last.shape[0])
     conv = pad(block.conv_refine.weight, width, width)
     outputs = last.shape[0]
     if savings.composed_head and pays(pixels_of(x), 9 * width * (width - outputs), 9 * outputs * width * width):
@@ -134,6 +133,7 @@ def head_scores(head: Head, x: Tensor, savings: Savings) -> Tensor:
     return x[:, :scores]
 
 
-def gate_parameters(fc: nn.Sequential) -> Sequence[Tensor]:
-    """The weights and biases of both linear layers of a gate."""
-    return fc[0].weight, fc[0].bias, fc[2].weight, fc[2].bias
+def gate_parameters(gate: SqueezeGate) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The weights and biases of both linear layers of a gate, as ``dfn_kernels.channel_attention`` takes them."""
+    first, second = gate.fc[0], gate.fc[2]
+    return first.weight, first.bias, second.weight, second.bias  # type: ignore[return-value]

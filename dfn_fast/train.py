@@ -21,6 +21,8 @@ def main(argv: list[str] | None = None) -> int:
             folder.require_no_run()
         run = Run(config, folder, stop, arguments.stop_after)
         run.resume() if arguments.resume else folder.start(config)
+        if arguments.profile:
+            run.profile_steps()
         try:
             run.train()
         except Stopped:

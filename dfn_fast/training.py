@@ -1,6 +1,7 @@
 """The parts of a training run: optimiser, schedule, step, and the state that a run continues from, bit by bit."""
 
 import contextlib
+import importlib.util
 import random
 import sys
 from collections.abc import Iterable
@@ -14,11 +15,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dfn_fast.checkpoint import load_weights
 from dfn_fast.config import TrainConfig
+from dfn_fast.cuda_graph import GraphedStep, SideStream, capture
 from dfn_fast.data.loader import Batch
-from dfn_fast.data.transforms import normalize
+from dfn_fast.data.transforms import normalize, scale_and_shift
 from dfn_fast.errors import ConfigError, UserError
 from dfn_fast.losses import SigmoidFocalLoss
+from dfn_fast.memory import set_memory
+from dfn_fast.model import FastDFN
 from dfn_fast.reference import ReferenceDFN
+from dfn_fast.regions import region
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -57,16 +62,26 @@ def has_bf16_units() -> bool:
     return bool(supported and supported())
 
 
+def choose_compile(choice: bool | None, device: torch.device) -> bool:
+    """None: on CUDA where there is a Triton to compile with; never on a CPU, where it slows training."""
+    if choice is None:
+        return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    return choice
+
+
 def build_model(config: TrainConfig, num_classes: int) -> ReferenceDFN:
     """The network of ``config``, with ImageNet or DFN weights where it asks for them."""
     focal = SigmoidFocalLoss(config.focal_alpha, config.focal_gamma, torchseg=config.focal == "torchseg")
-    model = ReferenceDFN(
+    network = FastDFN if config.model == "fast" else ReferenceDFN
+    model = network(
         num_classes,
         aux_criterion=focal,
         alpha=config.border_weight,
         pretrained_model=config.pretrained,
         **config.model_settings(),
     )
+    if config.memory != "off":
+        set_memory(model, config.memory)
     if config.weights is not None:
         mismatch = load_weights(model, config.weights, strict=config.strict)
         if mismatch:
@@ -109,11 +124,42 @@ class Position:
     per_class_iou: list[float] = field(default_factory=list)
 
 
+class TrainingLoss(nn.Module):
+    """The forward pass of a step as one function, which ``torch.compile`` makes one graph of.
+
+    uint8 images ``[B, 3, H, W]``, labels and border targets ``[B, H, W]`` -> the loss, a scalar. ``dtype`` is that of
+    the normalised images; what autocast would make of them anyway is best made at once.
+    """
+
+    def __init__(self, model: ReferenceDFN, device: torch.device, dtype: torch.dtype):
+        super().__init__()
+        self.model, self.dtype = model, dtype
+        # Inputs of the compiled graph: built inside it they would be copied to the device, waiting, at every step.
+        self.constants = scale_and_shift(device, torch.float64 if dtype == torch.float64 else torch.float32)
+
+    def forward(self, images: Tensor, labels: Tensor, borders: Tensor) -> Tensor:
+        return self.model(normalize(images, self.dtype, self.constants), labels, borders)
+
+
+def compile_loss(loss: TrainingLoss) -> nn.Module:
+    """``loss`` compiled for one shape of batch, as a single graph: a break in it would be an error."""
+    return torch.compile(loss, fullgraph=True, dynamic=False, options=inductor_options())  # type: ignore[return-value]
+
+
+def inductor_options() -> dict[str, Any]:
+    """Without this one Inductor leaves channels_last where any 3x3 convolution has half as many outputs as inputs or
+    fewer, as the composed convolution of a head does."""
+    import torch._inductor  # not at the top: it takes a second, and most runs on a CPU never need it
+
+    wanted = "force_layout_optimization"
+    return {wanted: True} if wanted in torch._inductor.list_options() else {}
+
+
 class Trainer:
     """Network, optimiser and scaler on a device, and one optimiser step as a call.
 
     ``step(batches)`` averages the gradients of ``config.accumulate`` batches and returns their mean loss, a scalar on
-    the device: reading it is the caller's choice.
+    the device: reading it is the caller's choice. Nothing in a step waits for the device.
     """
 
     def __init__(self, model: ReferenceDFN, config: TrainConfig, iterations: int, device: torch.device):
@@ -122,29 +168,64 @@ class Trainer:
         self.model = model.to(device)
         if config.channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.network: nn.Module = self.model
-        if config.compile:
-            self.network = torch.compile(self.model)  # type: ignore[assignment]
+        self.compiled = choose_compile(config.compile, device)
+        loss = TrainingLoss(self.model, device, self.amp or torch.float32)
+        self.loss: nn.Module = compile_loss(loss) if self.compiled else loss
+        # Fused: one pass over weights, gradients and momenta, and no waiting for the scaler's verdict in fp16.
+        self.update = {"fused": True} if device.type in ("cuda", "cpu") else {"foreach": True}
         self.optimizer = torch.optim.SGD(
-            parameter_groups(self.model, config), lr=config.lr, momentum=config.momentum, foreach=True
+            parameter_groups(self.model, config),
+            lr=config.lr,
+            momentum=config.momentum,
+            **self.update,  # type: ignore[arg-type]
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp == torch.float16)
+        self.graph: GraphedStep | None = None
+        if config.cuda_graph:
+            if device.type != "cuda":
+                raise ConfigError(f"--cuda-graph needs a CUDA device, but this run is on {device}; leave it out")
+            self.graph = GraphedStep(self.forward_backward, SideStream(device), capture)
 
     def step(self, batches: Iterable[Batch], iteration: int) -> Tensor:
         """One optimiser step, number ``iteration`` (from 0) of the run."""
         self.model.train()
         self.set_lr(iteration)
-        losses = []
-        for batch in batches:
-            images, labels, borders = (x.to(self.device, non_blocking=True) for x in batch[:3])
-            with self.autocast():
-                loss = self.network(normalize(images), labels, borders)
-            self.scaler.scale(loss / self.config.accumulate).backward()
-            losses.append(loss.detach())
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        run = self.graph or self.forward_backward
+        losses = [run(*(x.to(self.device, non_blocking=True) for x in batch[:3])) for batch in batches]
+        with region("optimizer"):
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            if not (self.graph and self.graph.captured):
+                self.optimizer.zero_grad(set_to_none=True)
         return torch.stack(losses).mean()
+
+    def forward_backward(self, images: Tensor, labels: Tensor, borders: Tensor) -> Tensor:
+        """The loss of a batch, and its share of the step's gradients."""
+        with self.autocast():
+            loss = self.loss(images, labels, borders)
+        with region("backward"):
+            self.scaler.scale(loss / self.config.accumulate).backward()
+        return loss.detach()
+
+    def execution(self) -> dict[str, Any]:
+        """How the steps run, all choices made: for the record."""
+        return {
+            "model": type(self.model).__name__,
+            "amp": {torch.bfloat16: "bf16", torch.float16: "fp16", None: "off"}[self.amp],
+            "channels_last": self.config.channels_last,
+            "compile": self.compiled,
+            "memory": self.config.memory,
+            "cuda_graph": self.config.cuda_graph,
+        }
+
+    def description(self) -> str:
+        """:meth:`execution` as a line for people."""
+        chosen = self.execution()
+        parts = [f"{chosen['model']} on {self.device}", "float32" if self.amp is None else f"{chosen['amp']} autocast"]
+        parts += [name for name in ("channels_last", "cuda_graph") if chosen[name]]
+        parts += ["compiled" if self.compiled else "not compiled"]
+        parts += [f"recomputing {chosen['memory']}"] if chosen["memory"] != "off" else []
+        return ", ".join(parts)
 
     def autocast(self) -> contextlib.AbstractContextManager:
         return torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None)
@@ -181,6 +262,12 @@ class Trainer:
         """Continues from :meth:`state`."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:
+            group.update({"fused": None, "foreach": None, **self.update})  # the file says how it was updated before
+        for parameter, kept in self.optimizer.state.items():
+            momentum = kept.get("momentum_buffer")
+            if momentum is not None:  # a fused update takes both for memory of the same order
+                kept["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum)
         self.scaler.load_state_dict(state["scaler"])
         set_random_state(state["random"])
 

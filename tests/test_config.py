@@ -42,6 +42,11 @@ def test_recipes_have_the_published_numbers():
         (["--iterations", "7"], {"iterations": 7}),
         (["--no-border"], {"border": False}),
         (["--root", "somewhere"], {"root": "somewhere"}),
+        (["--model", "reference"], {"model": "reference"}),
+        (["--compile"], {"compile": True}),
+        (["--no-compile"], {"compile": False}),
+        (["--memory", "norm"], {"memory": "norm"}),
+        (["--cuda-graph"], {"cuda_graph": True}),
     ],
 )
 def test_an_option_changes_its_field_alone(words, changes):
@@ -83,6 +88,10 @@ def test_a_misspelt_option_names_the_nearest(words, message, capsys):
         ({"border_width": 4}, "--border-width must be odd"),
         ({"lr": float("nan")}, "--lr must be at least 0"),
         ({"amp": "fp8"}, "--amp must be one of"),
+        ({"model": "quick"}, "--model must be one of"),
+        ({"memory": "block"}, "did you mean blocks"),
+        ({"memory": "norm", "model": "reference"}, "--memory norm needs --model fast"),
+        ({"cuda_graph": True, "accumulate": 2}, "--cuda-graph overwrites the gradients"),
     ],
 )
 def test_a_wrong_value_names_the_option(changes, message):
@@ -137,6 +146,24 @@ def test_resuming_refuses_what_would_change_the_result():
         resumed_config(saved, parse("--lr", "0.5"))
     with pytest.raises(ConfigError, match="is of recipe 'camvid', not 'voc'"):
         resumed_config(saved, parse("voc"))
+
+
+def test_a_run_saved_before_a_field_was_there_gets_its_default(tmp_path):
+    values = recipe("camvid").to_dict()
+    for name in ("model", "memory", "cuda_graph"):
+        del values[name]
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**values, "compile": False}))
+    assert load_config(file) == dataclasses.replace(recipe("camvid"), compile=False)
+
+
+def test_how_a_run_computes_may_change_where_its_results_do_not():
+    saved = recipe("camvid")
+    assert resumed_config(saved, parse("--memory", "blocks")).memory == "blocks"
+    with pytest.raises(ConfigError, match=r"--model reference differs from the run"):
+        resumed_config(saved, parse("--model", "reference"))
+    with pytest.raises(ConfigError, match=r"--compile True differs from the run"):
+        resumed_config(saved, parse("--compile"))
 
 
 def test_only_what_was_given_overrides():
