@@ -44,7 +44,10 @@ def _sum_all(x):
 def _load_logits(ptr, mask, ACC: tl.constexpr, SIGMOID: tl.constexpr):
     """Logits of small pixels. For the softmax less each pixel's largest: an offset that all classes share changes
     nothing, and what is taken off before the resize costs no digits in it."""
-    x = tl.load(ptr, mask=mask, other=0.0).to(ACC)
+    # As a vector: loaded as they are shaped, the contiguous classes may be spread over the lanes of a warp (Triton 3.6
+    # does so), and then every thread computes the pixels of eight columns.
+    flat = tl.load(tl.ravel(ptr), mask=tl.ravel(tl.broadcast_to(mask, ptr.shape)), other=0.0)
+    x = tl.reshape(flat, ptr.shape).to(ACC)
     if not SIGMOID:
         x = tl.where(mask, x, LOWEST)
         x = tl.where(mask, x - _largest(x), LOWEST)
@@ -90,7 +93,7 @@ def _sigmoid_loss(z, positive, weight, ALPHA: tl.constexpr, GAMMA: tl.constexpr)
     # log(1 + small) to the last digit: what rounding took from 1 + small is given back by the ratio.
     log1p = tl.where(more > 1, tl.log(more) * (small / tl.where(more > 1, more - 1, 1.0)), small)
     nll = tl.maximum(-z, 0.0) + log1p
-    power = weight * tl.where(positive, ALPHA, 1 - ALPHA)
+    power = tl.where(positive, weight * ALPHA, weight * (1 - ALPHA))  # alpha in the weight's dtype, not float32
     if GAMMA != 0.0:
         power *= _power(q, GAMMA)
     return power * nll, -sign * power * (GAMMA * p * nll + q)
@@ -242,7 +245,8 @@ def _collect_kernel(
     start = tile * (COLUMNS * K)
     mask = (e < COLUMNS * K) & (start + e < width)
     above = mask & (e < tl.where((band == 0) & (segment > 0), COLUMNS * K, 0))
-    seam = mask & (e < tl.where(tile > 0, K, 0))  # the first column of a tile is the last of the one to its left
+    # The first column of a tile is the last of the one to its left; read with its padding of zeros, in wide accesses.
+    seam = mask & (e < tl.where(tile > 0, pitch - COLUMNS * K, 0))
     d_logits = tl.zeros([BLOCK], gradient_ptr.dtype.element_ty)
     for split in range(SPLITS):
         here = ((b * segments + segment) * SPLITS + split) * tiles + tile
@@ -362,9 +366,11 @@ def collect_case(
         "h": small,
         "width": small * classes,
         "tiles": -(-small // tile.columns),
-        "segments": small,
+        "segments": -(-small // bands.bands),
     }
     divisible = (*pointers, "pitch", *(name for name, value in integers.items() if value % 16 == 0))
+    # The rows of one or two classes are shorter than 16 bytes a lane of the one warp that adds them.
+    streaming = ("gradient_ptr", "d_logits_ptr") if block >= 256 else ()
     return CompileCase(
         _collect_kernel,
         {**pointers, **dict.fromkeys(integers, "i32"), "pitch": "i32"},
@@ -372,7 +378,7 @@ def collect_case(
         divisible,
         tuning.loss_collect_warps(block),
         3,
-        ("gradient_ptr", "d_logits_ptr"),
+        streaming,
         f"{logits[1:]}, {classes} classes, {small} -> {factor * small}",
     )
 

@@ -25,10 +25,12 @@ def launch_options(tile: Any) -> dict[str, int]:
     return {name if name == "num_warps" else name.upper(): value for name, value in tile._asdict().items()}
 
 
-# By block of channels; backward also by the full-size rows between two small ones, at the most.
-UPSAMPLE_ADD_FWD = {32: UpsampleTile(4, 16, 32, 4), 64: UpsampleTile(4, 16, 64, 4)}
+# By block of channels; 1 where they move one by one: each has an address and a mask of its own, so fewer a thread.
+# Backward also by the full-size rows between two small ones, at the most.
+UPSAMPLE_ADD_FWD = {1: UpsampleTile(4, 16, 32, 16), 32: UpsampleTile(4, 16, 32, 4), 64: UpsampleTile(4, 16, 64, 4)}
 UPSAMPLE_ADD_BWD = {
-    32: {2: UpsampleTile(2, 16, 32, 4), 4: UpsampleTile(4, 8, 32, 4), 8: UpsampleTile(8, 4, 32, 4)},
+    1: {2: UpsampleTile(2, 8, 32, 4), 4: UpsampleTile(4, 8, 32, 8), 8: UpsampleTile(8, 4, 32, 8)},
+    32: {2: UpsampleTile(2, 16, 32, 4), 4: UpsampleTile(4, 16, 32, 8), 8: UpsampleTile(8, 8, 32, 8)},
     64: {2: UpsampleTile(2, 16, 64, 4), 4: UpsampleTile(4, 8, 64, 4), 8: UpsampleTile(8, 4, 64, 4)},
 }
 PROGRAMS = 2048  # enough to fill a large GPU several times over
@@ -40,24 +42,20 @@ def vector_width(channels: int, element_size: int) -> int:
 
 
 def channel_block(channels: int, element_size: int) -> int:
-    """Channels of one program: 128 bytes, a cache line, where there are as many."""
+    """Key of the tables: channels of a program, 128 bytes (a cache line) where there are as many; 1: see above."""
+    if vector_width(channels, element_size) <= 2:
+        return 1
     return 64 if element_size == 2 and channels > 32 else 32
 
 
-def by_alignment(tile: Any, channels: int, element_size: int) -> Any:
-    """``tile``, with twice its warps where channels move one by one: each has an address and a mask of its own."""
-    return tile if vector_width(channels, element_size) > 2 else tile._replace(num_warps=2 * tile.num_warps)
-
-
 def upsample_add_fwd_tile(channels: int, element_size: int) -> UpsampleTile:
-    return by_alignment(UPSAMPLE_ADD_FWD[channel_block(channels, element_size)], channels, element_size)
+    return UPSAMPLE_ADD_FWD[channel_block(channels, element_size)]
 
 
 def upsample_add_bwd_tile(channels: int, element_size: int, height: int, small_height: int) -> UpsampleTile:
     factor = height if small_height == 1 else (height - 1) // (small_height - 1)
     table = UPSAMPLE_ADD_BWD[channel_block(channels, element_size)]
-    tile = table[max((rows for rows in table if rows <= factor), default=min(table))]
-    return by_alignment(tile, channels, element_size)
+    return table[max((rows for rows in table if rows <= factor), default=min(table))]
 
 
 def upsample_add_bwd_run(programs: int, small_height: int) -> int:
@@ -74,11 +72,11 @@ class PoolTile(NamedTuple):
     num_warps: int
 
 
-POOL = {32: PoolTile(32, 32, 4), 64: PoolTile(32, 64, 4)}  # by block of channels
+POOL = {1: PoolTile(32, 32, 8), 32: PoolTile(32, 32, 2), 64: PoolTile(32, 64, 8)}  # as above
 
 
 def pool_tile(channels: int, element_size: int) -> PoolTile:
-    return by_alignment(POOL[channel_block(channels, element_size)], channels, element_size)
+    return POOL[channel_block(channels, element_size)]
 
 
 def pool_parts(batch: int, pixels: int, channels: int, tile: PoolTile) -> int:
@@ -128,24 +126,24 @@ class LossTile(NamedTuple):
 LOSS_SOFTMAX = {
     2: LossTile(2, 32, 1, 1),
     4: LossTile(4, 32, 1, 1),
-    8: LossTile(4, 16, 2, 1),
+    8: LossTile(8, 32, 1, 1),
     16: LossTile(8, 64, 2, 4),
     32: LossTile(8, 32, 4, 4),
     64: LossTile(8, 16, 8, 4),
     128: LossTile(8, 8, 16, 4),
     256: LossTile(8, 4, 32, 4),
 }
-# By channels: more registers a channel and no sum over channels, so more lanes.
+# By channels: more registers a channel and no sum over channels, so one channel a lane.
 LOSS_SIGMOID = {
     1: LossTile(1, 32, 1, 1),
-    2: LossTile(2, 32, 1, 1),
-    4: LossTile(2, 32, 2, 2),
-    8: LossTile(2, 16, 4, 2),
-    16: LossTile(2, 16, 8, 4),
-    32: LossTile(2, 8, 16, 4),
-    64: LossTile(2, 4, 32, 4),
-    128: LossTile(2, 4, 64, 8),
-    256: LossTile(2, 2, 128, 8),
+    2: LossTile(1, 32, 2, 2),
+    4: LossTile(1, 32, 4, 4),
+    8: LossTile(1, 16, 8, 4),
+    16: LossTile(1, 8, 16, 4),
+    32: LossTile(1, 4, 32, 4),
+    64: LossTile(1, 2, 64, 4),
+    128: LossTile(1, 2, 128, 8),
+    256: LossTile(1, 2, 256, 16),
 }
 
 
@@ -203,14 +201,14 @@ MULTISCALE_ARGMAX = {
     32: DecisionTile(128, 4),
     64: DecisionTile(64, 8),
     128: DecisionTile(32, 8),
-    256: DecisionTile(32, 16),
+    256: DecisionTile(16, 8),
 }
 
 
 def multiscale_argmax_tile(classes: int, element_size: int) -> DecisionTile:
-    """Half the pixels where sums are float64, whose numbers take two registers each."""
+    """A quarter of the numbers a thread where sums are float64: each takes two registers, and its exponential more."""
     tile = next(tile for limit, tile in MULTISCALE_ARGMAX.items() if classes <= limit)
-    return tile._replace(pixels=tile.pixels // 2) if element_size == 8 else tile
+    return tile._replace(pixels=tile.pixels // 2, num_warps=2 * tile.num_warps) if element_size == 8 else tile
 
 
 class StreamTile(NamedTuple):

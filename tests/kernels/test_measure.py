@@ -1,0 +1,133 @@
+"""The instruments of the benchmarks read what they should: memory, turns, wrong results, candidates of the search."""
+
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def measure(monkeypatch) -> ModuleType:
+    monkeypatch.syspath_prepend(ROOT)
+    from benchmarks import measure
+
+    return measure
+
+
+@pytest.fixture
+def search_blocks(monkeypatch) -> ModuleType:
+    monkeypatch.syspath_prepend(ROOT)
+    from benchmarks import search_blocks
+
+    return search_blocks
+
+
+def test_peak_memory_counts_what_lives_at_one_time(measure):
+    x = torch.ones(1 << 18, device=measure.DEVICE)  # 1 MiB
+
+    def call() -> torch.Tensor:
+        doubled = x * 2
+        total = doubled + x  # with doubled: 2 MiB
+        del doubled
+        return total * 2  # again 2 MiB
+
+    assert measure.peak_memory(call) == pytest.approx(2 << 20, rel=1e-3)
+
+
+def test_implementations_take_turns(measure):
+    if measure.DEVICE.type == "cuda":
+        pytest.skip("on CUDA calls are only enqueued; the order is that of the CPU's loop")
+    order: list[str] = []
+    seconds = measure.alternate({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 3)
+    assert order == ["a", "b", "b", "a", "a", "b"]
+    assert {name: len(s) for name, s in seconds.items()} == {"a": 3, "b": 3}
+
+
+def case(measure, ours, labels: bool = False):
+    def reference(x, y):
+        return (x > y).to(torch.uint8) if labels else x * y
+
+    return measure.Case(
+        "op",
+        "8x8",
+        reference,
+        ours,
+        lambda: [torch.randn(8, 8), torch.randn(8, 8)],
+        forward_bytes=lambda x, y: x.nbytes + y.nbytes,
+        backward_bytes=lambda x, y: x.nbytes,
+    )
+
+
+def test_a_wrong_result_is_not_timed(measure):
+    measure.Trial(case(measure, lambda x, y: x * y), True).check("ours")
+    with pytest.raises(AssertionError, match="op 8x8, ours, result 0: differs from eager"):
+        measure.Trial(case(measure, lambda x, y: x * y * 1.01), False).check("ours")
+    wrong_gradient = case(measure, lambda x, y: x * y.detach() + 0 * y)
+    measure.Trial(wrong_gradient, False).check("ours")
+    with pytest.raises(AssertionError, match="result 2: differs from eager"):
+        measure.Trial(wrong_gradient, True).check("ours")
+    with pytest.raises(AssertionError, match="of the labels differ"):
+        measure.Trial(case(measure, lambda x, y: (x > -y).to(torch.uint8), labels=True), False).check("ours")
+
+
+def test_bytes_of_backward_count_only_where_it_runs(measure):
+    cases = case(measure, torch.mul)
+    assert [measure.Trial(cases, backward).bytes_moved() for backward in (False, True)] == [512, 768]
+
+
+class Tile(NamedTuple):
+    pixels: int
+    channels: int
+    num_warps: int
+
+
+def test_the_search_tries_each_neighbour_once(search_blocks):
+    tiles = list(search_blocks.neighbours(Tile(8, 1, 16)))
+    assert len(tiles) == len(set(tiles))
+    assert set(tiles) == {
+        Tile(16, 1, 16), Tile(4, 1, 16), Tile(8, 2, 16), Tile(8, 1, 8), Tile(16, 1, 8), Tile(4, 2, 16), Tile(8, 2, 8),
+    }  # fmt: skip  # no channel halved, no warp more
+
+
+def test_the_search_finds_the_faster_tile_and_leaves_out_wrong_ones(search_blocks, measure, monkeypatch):
+    from dfn_kernels import tuning
+
+    monkeypatch.setattr(tuning, "TABLE", {"small": {32: Tile(8, 8, 4)}, "large": {32: Tile(8, 8, 4)}}, raising=False)
+    path = ("TABLE", "small", 32)
+
+    def ours(x, y):
+        tile = tuning.TABLE["small"][32]
+        if tile.num_warps == 8:
+            raise RuntimeError("too many warps")
+        return x * y + (1.0 if tile.channels < 8 else 0.0)
+
+    seen: list[float] = []
+    trial = measure.Trial(case(measure, ours), False)
+    run = trial.run
+
+    def timed_run(implementation):
+        """The more pixels the faster, up to 32, and a wrong tile is the fastest of all."""
+        tile = tuning.TABLE["small"][32]
+        seen.append(abs(tile.pixels - 32) + 1.0 if tile.channels >= 8 else 0.1)
+        return run(implementation)
+
+    def times(functions, rounds):
+        seconds = {}
+        for name, function in functions.items():
+            function()
+            seconds[name] = [seen.pop()] * rounds
+        return seconds
+
+    monkeypatch.setattr(trial, "run", timed_run)
+    monkeypatch.setattr(measure, "alternate", times)
+    assert search_blocks.users([path, ("TABLE", "large", 32)], [(trial.case, False)]) == {
+        path: [(trial.case, False)],
+        ("TABLE", "large", 32): [],
+    }
+    best = search_blocks.search(path, [trial], steps=4, rounds=2)
+    assert best == Tile(32, 8, 4)
+    assert tuning.TABLE["small"][32] == Tile(8, 8, 4)
