@@ -30,6 +30,15 @@ def run_compiler(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
+def run_script(text: str, folder: Path) -> Any:
+    """What the script, given a file's name, writes there as JSON."""
+    script, report = folder / "script.py", folder / "report.json"
+    script.write_text(text)
+    result = run_compiler(str(script), str(report))
+    assert result.returncode == 0, result.stderr[-4000:]
+    return json.loads(report.read_text())
+
+
 @pytest.fixture(scope="module")
 def records(tmp_path_factory) -> list[dict[str, Any]]:
     """The compiler's report on every case for every target."""
@@ -160,6 +169,12 @@ def copy_kernel(in_ptr, out_ptr, n, BLOCK: tl.constexpr):
     tl.store(out_ptr + i, tl.load(in_ptr + i, mask=i < n), mask=i < n)
 
 
+@triton.jit(do_not_specialize=["n"])
+def unspecialised_kernel(in_ptr, out_ptr, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out_ptr + i, tl.load(in_ptr + i, mask=i < n), mask=i < n)
+
+
 @triton.jit
 def gather_kernel(in_ptr, index_ptr, out_ptr, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -202,6 +217,8 @@ CASES = {
     "good": case(copy_kernel, {"BLOCK": 1024}),
     "narrow": case(copy_kernel, {"BLOCK": 1024}, divisible=("in_ptr", "out_ptr")),
     "unaligned": case(copy_kernel, {"BLOCK": 1024}, divisible=("out_ptr", "n")),
+    "unspecialised": case(unspecialised_kernel, {"BLOCK": 1024}),
+    "unused": case(copy_kernel, {"BLOCK": 1024})._replace(streaming=("in_ptr", "n")),
     "gather": case(gather_kernel, {"BLOCK": 1024}, divisible=("in_ptr", "out_ptr", "index_ptr"), index_ptr="*i32"),
     "atomic": case(atomic_kernel, {"BLOCK": 1024}),
     "spills": case(spilling_kernel, {"ROWS": 128, "COLUMNS": 128}, warps=1),
@@ -210,20 +227,22 @@ CASES = {
 }
 
 if __name__ == "__main__":
-    problems = {name: compile_case(c, sys.argv[1], "op").problems() for name, c in CASES.items()}
-    Path(sys.argv[2]).write_text(json.dumps(problems))
+    targets = ("sm_90", "gfx942")
+    problems = {t: {name: compile_case(c, t, "op").problems() for name, c in CASES.items()} for t in targets}
+    Path(sys.argv[1]).write_text(json.dumps(problems))
 """
 
 
+@pytest.fixture(scope="module")
+def bad_kernels(tmp_path_factory) -> dict[str, dict[str, list[str]]]:
+    """What is found in kernels made to break one rule each, by target: a report without faults proves nothing."""
+    return run_script(BAD_KERNELS, tmp_path_factory.mktemp("bad"))
+
+
 @pytest.mark.slow
-def test_the_report_names_each_broken_rule(tmp_path):
-    """Kernels made to break one rule each: the report that has never found a fault proves nothing."""
-    script, report = tmp_path / "bad_kernels.py", tmp_path / "report.json"
-    script.write_text(BAD_KERNELS)
-    result = run_compiler(str(script), "sm_90", str(report))
-    assert result.returncode == 0, result.stderr[-4000:]
-    found = json.loads(report.read_text())
-    assert found.pop("good") == []
+def test_the_report_names_each_broken_rule(bad_kernels):
+    found = bad_kernels["sm_90"]
+    assert found["good"] == []
     assert all("_kernel () on sm_90" in problem for problems in found.values() for problem in problems)
     text = {name: " ".join(problems) for name, problems in found.items()}
     assert "streaming operand in_ptr in accesses below 16 bytes: {'load 4'" in text["narrow"]
@@ -231,7 +250,71 @@ def test_the_report_names_each_broken_rule(tmp_path):
     assert "out_ptr" not in text["unaligned"]
     assert "streaming operand in_ptr" in text["gather"]
     assert "out_ptr" not in text["gather"]
+    assert "streaming operand in_ptr" in text["unspecialised"]
+    assert "never accesses its streaming operand" in text["unused"]
     assert "atomic operations" in text["atomic"]
     assert "spills registers" in text["spills"]
     assert "bytes of shared memory" in text["shared"]
     assert "does not compile" in text["broken"]
+
+
+@pytest.mark.slow
+def test_on_gfx942_a_kernel_must_compile_and_fit(bad_kernels):
+    text = {name: " ".join(problems) for name, problems in bad_kernels["gfx942"].items() if problems}
+    assert text.keys() == {"atomic", "shared", "broken"}
+    assert "atomic operations" in text["atomic"]
+    assert "spills registers" in text["shared"]
+    assert "bytes of shared memory" in text["shared"]
+    assert "does not compile" in text["broken"]
+
+
+def test_an_access_that_the_assembler_splits_is_told(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    from benchmarks.compile_kernels import Record
+
+    record = Record("op", "copy_kernel", "", "sm_90", ["x_ptr"], operands={"x_ptr": {"load 16": 1, "store 16": 1}})
+    record.widths = {"LDG.128": 4, "STG.128": 1, "UTMALDG": 1}
+    assert record.problems() == []
+    record.widths["STG.32"] = 4
+    assert "in its machine code that its PTX has not: {'STG.32': 4}" in record.problems()[0]
+
+
+CONSTANTS = """
+import json
+import sys
+from pathlib import Path
+
+from benchmarks.compile_kernels import compile_case
+from dfn_kernels._compile import operators
+
+
+def with_ones(case):
+    integers = {p.name for p in case.kernel.params if not p.do_not_specialize and case.signature.get(p.name) == "i32"}
+    signature = {name: kind for name, kind in case.signature.items() if name not in integers}
+    return case._replace(signature=signature, constexprs=case.constexprs | dict.fromkeys(integers, 1))
+
+
+if __name__ == "__main__":
+    errors = {}
+    for name, module in operators().items():
+        kernels = {case.kernel.__name__: case for case in module.compile_cases()}
+        records = [compile_case(with_ones(case), "sm_90", name, disassemble=False) for case in kernels.values()]
+        errors[name] = [f"{r.kernel}: {r.error}" for r in records if r.error]
+    Path(sys.argv[1]).write_text(json.dumps(errors))
+"""
+
+
+@pytest.fixture(scope="module")
+def errors_with_ones(tmp_path_factory) -> dict[str, list[str]]:
+    return run_script(CONSTANTS, tmp_path_factory.mktemp("constants"))
+
+
+OPEN = {"preprocess": "open: an output one pixel wide; its width is a constant then, which has no .to()"}
+OPERATORS = [pytest.param(n, marks=pytest.mark.xfail(reason=OPEN[n], strict=True)) if n in OPEN else n for n in operators()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_sizes_of_one_compile(errors_with_ones, operator):
+    """A launch makes an integer argument of 1 a constant of the kernel; the interpreter does not."""
+    assert errors_with_ones[operator] == []
