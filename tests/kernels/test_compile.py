@@ -310,7 +310,9 @@ def errors_with_ones(tmp_path_factory) -> dict[str, list[str]]:
 
 
 OPEN = {"preprocess": "open: an output one pixel wide; its width is a constant then, which has no .to()"}
-OPERATORS = [pytest.param(n, marks=pytest.mark.xfail(reason=OPEN[n], strict=True)) if n in OPEN else n for n in operators()]
+OPERATORS = [
+    pytest.param(n, marks=pytest.mark.xfail(reason=OPEN[n], strict=True)) if n in OPEN else n for n in operators()
+]
 
 
 @pytest.mark.slow
