@@ -37,9 +37,10 @@ class Rule(NamedTuple):
         return 2 if self.sigmoid else None
 
 
-# Loss of a chunk of pixels and the gradient for its logits, which may be overwritten: logits [rows, K, columns];
-# labels, valid and weight [rows, 1, columns], or [rows, K, columns] where each class has its own. Contiguous.
-ChunkLoss = Callable[[Tensor, Tensor, Tensor, Tensor, Rule], tuple[Tensor, Tensor]]
+# Loss of a chunk of pixels and, where wanted, the gradient for its logits, which may be overwritten: logits
+# [rows, K, columns]; labels, valid and weight [rows, 1, columns], or [rows, K, columns] where each class has its own.
+# Contiguous. Where a label is not valid its weight is 0; labels are indices of classes only for the softmax.
+ChunkLoss = Callable[[Tensor, Tensor, Tensor, Tensor, Rule, bool], tuple[Tensor, Tensor | None]]
 
 
 def check(operator: str, logits: Tensor, labels: Tensor, labels_shape: tuple[int | None, ...], reduction: str) -> None:
@@ -146,18 +147,19 @@ def _forward_by_chunks(
             place = (part, ..., resize.rows(chunk), slice(None))
             target = _by_row(labels[place])
             valid = _valid(target, rule.classes or K, rule.ignore_index)
-            target = torch.where(valid, target, 0).long()
+            if not rule.sigmoid:
+                target = torch.where(valid, target, 0).long()
             weight = valid.to(acc) if class_weight is None else torch.where(valid, class_weight[target], 0)
-            sums[1] += weight.sum(dtype=torch.float64)
+            sums[1] += weight.sum(-1).sum(dtype=torch.float64)
             if pixel_weight is not None:
                 weight = weight * _by_row(pixel_weight[place])
             resized = resize.forward(image, chunk)
-            loss, d_z = chunk_loss(resized.view(-1, K, W), target, valid, weight, rule)
-            sums[0] += loss.sum(dtype=torch.float64)
+            loss, d_z = chunk_loss(resized.view(-1, K, W), target, valid, weight, rule, need_grad)
+            sums[0] += loss.sum(-1).sum(dtype=torch.float64)
             if reduction == "none":
                 out = pixel_loss[place].movedim(-2, 0)  # [rows, images, 1 or K, columns], 1 left out
                 out.copy_(loss.view(out.shape))
-            if need_grad:
+            if d_z is not None:
                 resize.add_backward(d_image, d_z.view(resized.shape), chunk)
         if need_grad:
             gradient[part].copy_(d_image.view(h, -1, K, w).transpose(0, 1))

@@ -50,8 +50,10 @@ def upsample_cross_entropy_ref(
     return total / weight.sum().where(valid.any(), 1) if reduction == "mean" else total
 
 
-def _softmax_chunk(z: Tensor, labels: Tensor, valid: Tensor, weight: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
-    """Loss ``[rows, 1, columns]`` of the logits z ``[rows, K, columns]`` and their gradient; z is overwritten."""
+def _softmax_chunk(
+    z: Tensor, labels: Tensor, valid: Tensor, weight: Tensor, rule: Rule, need_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Loss ``[rows, 1, columns]`` of the logits z ``[rows, K, columns]``, which are overwritten, and their gradient."""
     z -= z.amax(1, keepdim=True)
     z_y = z.gather(1, labels)
     e = z.exp_()
@@ -66,8 +68,11 @@ def _softmax_chunk(z: Tensor, labels: Tensor, valid: Tensor, weight: Tensor, rul
         loss, factor = power * nll, weight * power * (1 + rule.gamma * (e_y / total) * slope)
     else:
         loss, factor = nll, weight
+    loss = torch.where(valid, weight * loss, 0)
+    if not need_grad:
+        return loss, None
     e *= factor / total
-    return torch.where(valid, weight * loss, 0), e.scatter_(1, labels, -q * factor)
+    return loss, e.scatter_(1, labels, -q * factor)
 
 
 @torch.library.custom_op("dfn_kernels::upsample_cross_entropy", mutates_args=())

@@ -45,7 +45,7 @@ def resize_normalize_ref(
 def _half_pixel(j, small, full, ACC: tl.constexpr):
     """Index, next index and the next one's weight of the pixel of ``small`` under pixel ``j`` of ``full``."""
     position = tl.maximum((2 * j + 1) * small - full, 0).to(tl.uint32)
-    step = (2 * full).to(tl.uint32)
+    step = tl.cast(2 * full, tl.uint32)  # not .to(): a size of 1 is a constant of the kernel
     index = position // step
     weight = (position - index * step).to(ACC) / step.to(ACC)
     index = index.to(tl.int32)

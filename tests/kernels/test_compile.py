@@ -309,14 +309,8 @@ def errors_with_ones(tmp_path_factory) -> dict[str, list[str]]:
     return run_script(CONSTANTS, tmp_path_factory.mktemp("constants"))
 
 
-OPEN = {"preprocess": "open: an output one pixel wide; its width is a constant then, which has no .to()"}
-OPERATORS = [
-    pytest.param(n, marks=pytest.mark.xfail(reason=OPEN[n], strict=True)) if n in OPEN else n for n in operators()
-]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("operator", operators())
 def test_sizes_of_one_compile(errors_with_ones, operator):
     """A launch makes an integer argument of 1 a constant of the kernel; the interpreter does not."""
     assert errors_with_ones[operator] == []

@@ -26,7 +26,7 @@ def search_blocks(monkeypatch) -> ModuleType:
     return search_blocks
 
 
-def test_peak_memory_counts_what_lives_at_one_time(measure):
+def test_memory_counts_what_lives_at_one_time(measure):
     x = torch.ones(1 << 18, device=measure.DEVICE)  # 1 MiB
 
     def call() -> torch.Tensor:
@@ -36,6 +36,7 @@ def test_peak_memory_counts_what_lives_at_one_time(measure):
         return total * 2  # again 2 MiB
 
     assert measure.peak_memory(call) == pytest.approx(2 << 20, rel=1e-3)
+    assert measure.held_memory(call) == pytest.approx(1 << 20, rel=1e-3)  # the result
 
 
 def test_implementations_take_turns(measure):
