@@ -4,6 +4,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+EXPORT = ["onnx", "onnxscript", "onnxruntime"]
 TEST = [
     "pytest>=8",
     "pytest-benchmark",
@@ -14,6 +15,7 @@ TEST = [
     "mypy",
     "scipy",  # writes and reads the .mat files of SBD
     "pycocotools",
+    *EXPORT,  # ONNX Runtime is the second opinion on exported networks
 ]
 
 setup(
@@ -40,6 +42,7 @@ setup(
         "test": TEST,
         "sbd": ["scipy"],
         "coco": ["pycocotools"],
+        "export": EXPORT,
         "tensorboard": ["tensorboard"],
     },
 )

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -32,9 +33,13 @@ def write_text(path: str | Path, text: str) -> None:
         file.write(text.encode())
 
 
+_UMASK = threading.Lock()
+
+
 def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
+    with _UMASK:  # it can only be read by setting it, and two threads at once could leave it at 0
+        mask = os.umask(0)
+        os.umask(mask)
     return mask
 
 

@@ -13,6 +13,7 @@ from dfn_fast.backbone import LAYERS, BasicBlock, Bottleneck
 from dfn_fast.checkpoint import Mismatch, load_weights, read_file, state_dict_of
 from dfn_fast.errors import CheckpointError
 from dfn_fast.model import FastDFN
+from dfn_fast.pretrained_folder import read_folder
 
 FORMAT = 1
 
@@ -38,13 +39,14 @@ def load_model(
     channels_last: bool = False,
     strict: bool = True,
 ) -> LoadedModel:
-    """The network in a checkpoint of ours, or in other people's, whose configuration is then inferred.
+    """The network in a checkpoint of ours, in a folder that ``save_pretrained`` wrote, or in other people's
+    checkpoint, whose configuration is then inferred.
 
     ``num_classes`` is the class count that the caller needs; another one in the file is an error. Class names and
     colours that the file does not hold are those of VOC, Cityscapes and CamVid at 21, 19 and 11 classes, else
     "class i". Raises :class:`CheckpointError`.
     """
-    content = read_file(path)
+    content = read_folder(path) if Path(path).is_dir() else read_file(path)
     ours = "model_config" in content
     if ours and content.get("format") != FORMAT:
         raise CheckpointError(

@@ -4,14 +4,21 @@ Sections and equations are the paper's. Every resize is bilinear with ``align_co
 feature that it meets. Parameter names are those of the published checkpoints.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from dfn_fast.backbone import NormLayer, ResNet, initialise
 from dfn_fast.losses import Criterion, CrossEntropyLoss, SigmoidFocalLoss, dfn_loss
+
+if TYPE_CHECKING:
+    from dfn_fast.fused import FusedDFN
 
 MIN_SIZE = 32
 
@@ -178,6 +185,12 @@ class ReferenceDFN(nn.Module):
         criteria = (self.criterion, self.aux_criterion)
         return [m for m in self.children() if m is not self.backbone and m not in criteria]
 
+    def fuse(self, *, return_border: bool = False, dtype: torch.dtype | None = None, plain: bool = False) -> "FusedDFN":
+        """The inference network, :class:`dfn_fast.fused.FusedDFN`, of the weights as they are now."""
+        from dfn_fast.fused import FusedDFN  # not at the top: that module imports this one
+
+        return FusedDFN(self, return_border=return_border, dtype=dtype, plain=plain)
+
     def forward(self, data: Tensor, label: Tensor | None = None, aux_label: Tensor | None = None) -> Tensor:
         """Normalised RGB ``[B, 3, H, W]`` -> log-probabilities ``[B, K, H, W]``; with both labels, the loss (eq. 7).
 
@@ -241,3 +254,20 @@ class ReferenceDFN(nn.Module):
             if not isinstance(self.border_heads[i], nn.Identity):
                 scores.append(self.border_heads[i](acc, size))
         return scores
+
+    def save_pretrained(
+        self, folder: str | Path, *, classes: Sequence[str] | None = None, palette: np.ndarray | None = None
+    ) -> None:
+        """Writes ``model.safetensors`` and ``config.json``; see :func:`dfn_fast.pretrained_folder.save_folder`."""
+        from dfn_fast.pretrained_folder import save_folder
+
+        save_folder(self, folder, classes=classes, palette=palette)
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, *, device: str | torch.device = "cpu", channels_last: bool = True, **overrides: Any
+    ) -> Self:
+        """The network of such a folder, in eval mode; see :func:`dfn_fast.pretrained_folder.load_folder`."""
+        from dfn_fast.pretrained_folder import load_folder
+
+        return load_folder(cls, path, device=device, channels_last=channels_last, **overrides)

@@ -8,6 +8,7 @@ Forward hooks of the convolutions inside a block are not called.
 from dataclasses import dataclass
 
 import torch.nn.functional as F
+from dfn_kernels import conv3x3
 from dfn_kernels._backend import full_precision
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -26,13 +27,18 @@ class Savings:
     fused_losses: bool = True  # losses of the small scores; off: of scores at the image's size
     composed_rrb: bool = True  # conv3x3(conv1x1(x)) as one conv3x3, where x has few channels
     composed_head: bool = True  # a head's last 1x1 convolution as part of the 3x3 convolution before it
+    winograd: bool = True  # 3x3 convolutions of many channels by Winograd's algorithm, on a CPU
     one_head: bool = True  # in inference only the head that is read
     pad_channels_to: int | None = None  # inside heads and Border Network; None: 8 on a GPU, else 1
 
     @classmethod
     def none(cls) -> "Savings":
         """All switched off."""
-        return cls(False, False, False, False, False, False, 1)
+        return cls(False, False, False, False, False, False, False, 1)
+
+    def conv3x3(self, x: Tensor, weight: Tensor) -> Tensor:
+        """A 3x3 convolution with padding 1."""
+        return conv3x3(x, weight) if self.winograd else F.conv2d(x, weight, padding=1)
 
     def padded(self, channels: int, like: Tensor) -> int:
         """``channels``, rounded up to the multiple that the device of ``like`` wants."""
@@ -100,9 +106,9 @@ def refine(block: RefinementResidualBlock, x: Tensor, width: int, savings: Savin
     inputs = x.shape[1]
     shortcut = F.conv2d(x, before)
     if savings.composed_rrb and pays(pixels_of(x), 9 * width * (width - inputs), 9 * width * width * inputs):
-        t = F.conv2d(x, compose(conv, before), padding=1)
+        t = savings.conv3x3(x, compose(conv, before))
     else:
-        t = F.conv2d(shortcut, conv, padding=1)
+        t = savings.conv3x3(shortcut, conv)
     return shortcut, F.relu(norm(block.cbr.bn, t), inplace=True)
 
 
@@ -111,7 +117,7 @@ def rrb(block: RefinementResidualBlock, x: Tensor, savings: Savings, *, padded: 
     channels = block.conv_refine.weight.shape[0]
     width = savings.padded(channels, x) if padded and can_pad(block.cbr.bn) else channels
     shortcut, t = refine(block, x, width, savings)
-    x = F.conv2d(t, pad(block.conv_refine.weight, width, width), padding=1) + shortcut
+    x = savings.conv3x3(t, pad(block.conv_refine.weight, width, width)) + shortcut
     return F.relu(x, inplace=True) if block.last_relu else x
 
 
@@ -127,9 +133,9 @@ def head_scores(head: Head, x: Tensor, savings: Savings) -> Tensor:
     conv = pad(block.conv_refine.weight, width, width)
     outputs = last.shape[0]
     if savings.composed_head and pays(pixels_of(x), 9 * width * (width - outputs), 9 * outputs * width * width):
-        x = F.conv2d(t, compose_last(last, conv), padding=1) + F.conv2d(shortcut, last, bias)
+        x = savings.conv3x3(t, compose_last(last, conv)) + F.conv2d(shortcut, last, bias)
     else:
-        x = F.conv2d(F.conv2d(t, conv, padding=1) + shortcut, last, bias)
+        x = F.conv2d(savings.conv3x3(t, conv) + shortcut, last, bias)
     return x[:, :scores]
 
 

@@ -78,7 +78,7 @@ def root(tmp_path):
 
 
 def test_report_is_the_metrics_of_all_images(model):
-    predictor, dataset = Predictor(model), Scenes()
+    predictor, dataset = Predictor(model, amp="off"), Scenes()
     report = evaluate(predictor, dataset, border=True, border_width=5)
     confusion, contours, borders = ConfusionMatrix(3), BoundaryFScore(3), BorderScore()
     for index in range(4):
@@ -99,7 +99,9 @@ def test_report_is_the_metrics_of_all_images(model):
 
 def test_each_image_is_read_once_and_told_of(model):
     dataset, calls = Scenes(), []
-    report = evaluate(Predictor(model), dataset, boundary=False, on_image=lambda: calls.append(len(dataset.read)))
+    report = evaluate(
+        Predictor(model, amp="off"), dataset, boundary=False, on_image=lambda: calls.append(len(dataset.read))
+    )
     assert dataset.read == [0, 1, 2, 3]
     assert calls == [1, 2, 3, 4]
     assert report.boundary_f_score is None
@@ -111,19 +113,19 @@ def test_on_image_can_end_the_evaluation(model):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        evaluate(Predictor(model), Scenes(), on_image=stop)
+        evaluate(Predictor(model, amp="off"), Scenes(), on_image=stop)
 
 
 def test_limit_takes_the_first_images_and_says_so(model):
     dataset = Scenes()
-    report = evaluate(Predictor(model), dataset, limit=2)
+    report = evaluate(Predictor(model, amp="off"), dataset, limit=2)
     assert dataset.read == [0, 1]
     assert report.conditions == "scenes val, first 2 of 4 images, scale 1, no flip, whole image"
-    assert evaluate(Predictor(model), Scenes(), limit=9).conditions.startswith("scenes val, 4 images,")
+    assert evaluate(Predictor(model, amp="off"), Scenes(), limit=9).conditions.startswith("scenes val, 4 images,")
 
 
 def test_every_line_with_a_number_names_its_conditions(model):
-    report = evaluate(Predictor(model, scales=(0.5, 1), flip=True, window=64), Scenes(), border=True)
+    report = evaluate(Predictor(model, amp="off", scales=(0.5, 1), flip=True, window=64), Scenes(), border=True)
     conditions = "scenes val, 4 images, scales 0.5 1, flip, window 64x64 overlap 0.33"
     assert report.conditions == conditions
     lines = [line for line in report.table().splitlines() if line.strip()]
@@ -140,7 +142,7 @@ def test_class_that_is_nowhere_is_absent_and_null(model):
             sample = super().__getitem__(index)
             return sample._replace(label=np.full_like(sample.label, 255))
 
-    report = evaluate(Predictor(model), Void(1))
+    report = evaluate(Predictor(model, amp="off"), Void(1))
     assert math.isnan(report.mean_iou)
     assert "absent" in report.table()
     content = json.loads(json.dumps(report.to_dict(), allow_nan=False))
@@ -151,7 +153,7 @@ def test_class_that_is_nowhere_is_absent_and_null(model):
 def test_class_counts_that_differ_are_an_error():
     model = ReferenceDFN(5, backbone="resnet18", channels=8, border=False)
     with pytest.raises(ConfigError, match=r"5 classes.* 3"):
-        evaluate(Predictor(model), Scenes())
+        evaluate(Predictor(model, amp="off"), Scenes())
 
 
 def test_command_prints_the_table_and_writes_json(model, checkpoint, root, capsys, tmp_path):
@@ -164,7 +166,7 @@ def test_command_prints_the_table_and_writes_json(model, checkpoint, root, capsy
     confusion = ConfusionMatrix(3)
     for index in (1, 2, 3):
         image, label = scene(index)
-        confusion.update(label, Predictor(model, scales=(0.75, 1), flip=True)(image))
+        confusion.update(label, Predictor(model, amp="off", scales=(0.75, 1), flip=True)(image))
     assert content["mean_iou"] == confusion.mean_iou
     assert content["per_class_iou"] == dict(zip(CLASSES, confusion.per_class_iou, strict=True))
     assert content["conditions"] == "folder val, 3 images, scales 0.75 1, flip, whole image"

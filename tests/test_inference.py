@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from dfn_fast.errors import ConfigError, UserError
+from dfn_fast.fused import FusedDFN
 from dfn_fast.inference import Predictor
 from dfn_fast.reference import ReferenceDFN
 
@@ -88,7 +89,8 @@ def softmax(scores):
 
 def scaled(image, scale):
     height, width = image.shape[:2]
-    return cv2.resize(image, (round(width * scale), round(height * scale)), interpolation=cv2.INTER_LINEAR)
+    size = (round(width * scale), round(height * scale))
+    return cv2.resize(image.astype(np.float64), size, interpolation=cv2.INTER_LINEAR)
 
 
 def starts(length, window, stride):
@@ -161,16 +163,18 @@ def test_a_window_of_the_images_size_changes_nothing(model, picture, scale):
     image = picture(48, 64)
     window = (round(48 * scale), round(64 * scale))
     whole = Predictor(model, scales=(scale,), flip=True).probabilities(image)
-    assert torch.equal(Predictor(model, scales=(scale,), flip=True, window=window).probabilities(image), whole)
+    windowed = Predictor(model, scales=(scale,), flip=True, window=window)
+    torch.testing.assert_close(windowed.probabilities(image), whole, rtol=0, atol=1e-6)
+    np.testing.assert_array_equal(windowed(image), whole.argmax(0))
 
 
-def test_image_smaller_than_the_window_is_padded_with_the_mean(model, picture):
-    image = picture(40, 53)
-    padded = np.zeros((64, 64, 3))  # 0 is the mean
-    padded[12 : 12 + 40, 5 : 5 + 53] = normalised(image)
-    scores = resized(small_scores(model, padded), (64, 64))[:, 12 : 12 + 40, 5 : 5 + 53]
-    probabilities = Predictor(model, window=64).probabilities(image)
-    np.testing.assert_allclose(probabilities, softmax(scores), rtol=0, atol=1e-6)
+@pytest.mark.parametrize("window", [64, (64, 48), (40, 500)])
+def test_a_window_larger_than_the_image_changes_nothing(model, picture, window):
+    """On one side or on both: each side of the window is cut to that of the image."""
+    image = picture(40, 45)
+    whole = Predictor(model, scales=(1, 0.8), flip=True).probabilities(image)
+    windowed = Predictor(model, scales=(1, 0.8), flip=True, window=window).probabilities(image)
+    torch.testing.assert_close(windowed, whole, rtol=0, atol=1e-6)
 
 
 def test_image_smaller_than_32_is_padded(model, picture):
@@ -185,7 +189,7 @@ def test_image_smaller_than_32_is_padded(model, picture):
 
 def test_a_scale_does_not_make_a_side_smaller_than_32(model, picture):
     image = picture(40, 100)
-    x = normalised(cv2.resize(image, (50, 32), interpolation=cv2.INTER_LINEAR))
+    x = normalised(cv2.resize(image.astype(np.float64), (50, 32), interpolation=cv2.INTER_LINEAR))
     expected = softmax(resized(small_scores(model, x), (40, 100)))
     np.testing.assert_allclose(Predictor(model, scales=(0.5,)).probabilities(image), expected, rtol=0, atol=1e-6)
 
@@ -262,13 +266,13 @@ def test_modes_of_the_modules_are_left_as_they_were(model, picture):
 def test_bf16_runs_the_network_in_bfloat16_and_the_rest_in_float32(picture):
     model = random_model()
     dtypes = []
-    hook = model.smooth_heads[3].conv.register_forward_hook(lambda module, args, output: dtypes.append(output.dtype))
-    probabilities = Predictor(model, amp="bf16").probabilities(picture(40, 48))
-    hook.remove()
+    predictor = Predictor(model, amp="bf16")
+    predictor.network.smooth_head.register_forward_hook(lambda module, args, output: dtypes.append(output.dtype))
+    probabilities = predictor.probabilities(picture(40, 48))
     assert dtypes == [torch.bfloat16]
     assert probabilities.dtype == torch.float32
     torch.testing.assert_close(probabilities.sum(0), torch.ones(40, 48), rtol=0, atol=1e-6)
-    exact = Predictor(model).probabilities(picture(40, 48))
+    exact = Predictor(model, amp="off").probabilities(picture(40, 48))
     assert 0 < (probabilities - exact).abs().max() < 0.2
 
 
@@ -303,10 +307,10 @@ def test_scores_that_are_not_finite_are_an_error(picture):
 
 
 def test_too_little_memory_says_what_to_do(model, picture, monkeypatch):
-    def full(data):
+    def full(self, data):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(model, "stages", full)
+    monkeypatch.setattr(FusedDFN, "stages", full)
     with pytest.raises(UserError, match=r"40x32 does not fit .* --window"):
         Predictor(model)(picture(32, 40))
 

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from dfn_kernels import tuning
 from networks import SMALL, VARIANT_NAMES, VARIANTS, batch, random_dfn
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,8 +25,9 @@ ALL = Savings(pad_channels_to=8)
 
 @pytest.fixture
 def composing_always_pays(monkeypatch):
-    """At the small sizes of these tests it would not, and the composed paths would not be reached."""
+    """At the small sizes of these tests it would not, nor would Winograd's algorithm: neither would be reached."""
     monkeypatch.setattr(savings, "pays", lambda pixels, saved, products: saved > 0)
+    monkeypatch.setattr(tuning, "winograd_tile", lambda *shape, **options: 4)
 
 
 def pair(chosen: Savings, **settings) -> tuple[ReferenceDFN, FastDFN]:

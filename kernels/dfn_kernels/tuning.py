@@ -225,3 +225,40 @@ RESIZE_NORMALIZE = {256: StreamTile(4, 256, 4), 512: StreamTile(4, 512, 4)}  # b
 def resize_normalize_tile(width: int) -> StreamTile:
     """The wider tile where it fits: fewer programs each with more loads in flight."""
     return RESIZE_NORMALIZE[512 if width % 512 == 0 or width > 2048 else 256]
+
+
+class WinogradTile(NamedTuple):
+    """Where Winograd's algorithm with tiles of ``side`` pixels pays on a CPU.
+
+    ``channels``: the least harmonic mean of input and output channels, halved (256 for 512 and 512): arithmetic grows
+    with their product, the transforms with their sum. ``pixels``: the least number of them, B * H * W, with the weight
+    transformed ahead (inference) and with each call (training).
+    """
+
+    side: int
+    channels: int
+    pixels_ahead: int
+    pixels: int
+
+
+# Found on two cores of a Zen 4 with torch 2.13, in alternation with oneDNN's direct convolution: at 512 channels and
+# 64 x 64 pixels it is 2.2 times as fast in float32 and 1.6 times in bfloat16.
+WINOGRAD = {
+    "float32": WinogradTile(4, 120, 512, 1024),
+    "float64": WinogradTile(4, 120, 512, 1024),
+    "bfloat16": WinogradTile(2, 160, 512, 1024),  # tiles of 4 would round too much
+}
+
+
+def winograd_tile(
+    shape: tuple[int, ...], out_channels: int, dtype: str, *, ahead: bool = False, matrix_units: bool = False
+) -> int:
+    """The side of the tiles for ``[B, I, H, W]``; 0: a direct convolution is faster. ``matrix_units``: the CPU has
+    AMX, whose bfloat16 products leave the transforms nothing to win."""
+    tile = WINOGRAD.get(dtype)
+    if tile is None or (matrix_units and dtype == "bfloat16"):
+        return 0
+    batch, channels, height, width = shape
+    pixels = batch * height * width
+    meeting = channels * out_channels // (channels + out_channels)
+    return tile.side if meeting >= tile.channels and pixels >= (tile.pixels_ahead if ahead else tile.pixels) else 0

@@ -1,0 +1,157 @@
+"""Read, run, write at the same time, with a fixed number of images in memory.
+
+Images are read in threads, some ahead of where the work is; those of equal size make up a batch, which runs in the
+caller's thread (a network belongs to one thread); results are written in threads. Decoding and encoding release
+Python's lock, so that the three go on at once.
+"""
+
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+
+from dfn_fast.errors import UserError
+
+Job = TypeVar("Job")
+Image = TypeVar("Image")
+Result = TypeVar("Result")
+
+
+class NoMoreImages(Exception):
+    """``read`` raises it where a source such as a video has ended: no job is begun after it."""
+
+
+class Pipeline(Generic[Job, Image, Result]):
+    """``pipeline(jobs)`` reads, runs and writes them all.
+
+    Args:
+        read: ``read(job)`` is its image; called in ``readers`` threads.
+        run: ``run(images)`` is a list with a result for each of 1 to ``batch_size`` images of equal size; called in
+            the thread that calls the pipeline. The image has to be part of the result where ``write`` needs it.
+        write: ``write(job, result)``; called in ``writers`` threads. One thread writes in the order of ``run``.
+        report: ``report(job, error)``, once for each job: None when it has been written, else its UserError. Called in
+            the thread that calls the pipeline; what it raises ends the run.
+        size: what is equal for the images of a batch.
+
+    Batches follow the order of ``jobs``, but for images that wait for others of their size. No more than ``capacity``
+    images are in memory at once, also when all sizes differ: then batches are smaller.
+
+    A UserError of a stage belongs to its job, and the others go on. Where a batch fails with one, its images are run
+    again one by one. Anything else ends the run and is raised: what has run by then is still written, except after an
+    OSError (a full disk would fail for each of them). No thread outlives the call.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[Job], Image],
+        run: Callable[[list[Image]], list[Result]],
+        write: Callable[[Job, Result], None],
+        report: Callable[[Job, UserError | None], None],
+        *,
+        batch_size: int = 1,
+        readers: int = 2,
+        writers: int = 2,
+        size: Callable[[Any], Hashable] = np.shape,
+    ):
+        self.read, self.run, self.write, self.report = read, run, write, report
+        self.batch_size, self.readers, self.writers, self.size = batch_size, readers, writers, size
+        self.ahead = 2 * batch_size + readers  # being read, or waiting for a batch
+        self.behind = batch_size + writers  # being written, or waiting for a thread
+        self.capacity = self.ahead + batch_size + self.behind
+        self._reading: deque[tuple[Job, Future[Image]]] = deque()
+        self._waiting: list[tuple[Job, Image]] = []
+        self._writing: deque[tuple[Job, Future[None]]] = deque()
+
+    def __call__(self, jobs: Iterable[Job]) -> None:
+        self._read_threads = ThreadPoolExecutor(self.readers, "read")
+        self._write_threads = ThreadPoolExecutor(self.writers, "write")
+        cannot_write = False
+        try:
+            self._overlap(iter(jobs))
+        except OSError:
+            cannot_write = True
+            raise
+        finally:
+            self._read_threads.shutdown(cancel_futures=True)
+            self._write_threads.shutdown(cancel_futures=cannot_write)
+            for queue in (self._reading, self._waiting, self._writing):
+                queue.clear()
+
+    def _overlap(self, jobs: Iterator[Job]) -> None:
+        self._ended = False
+        while True:
+            self._read_ahead(jobs)
+            self._take_read()
+            self._take_written(self.behind)
+            batch = self._next_batch()
+            if batch:
+                self._read_ahead(jobs)  # the places that the batch leaves are filled while it runs
+                self._run(batch)
+            elif self._reading:
+                wait([self._reading[0][1]])
+            elif self._ended:
+                break
+        self._take_written(0)
+
+    def _read_ahead(self, jobs: Iterator[Job]) -> None:
+        while not self._ended and len(self._reading) + len(self._waiting) < self.ahead:
+            try:
+                job = next(jobs)
+            except StopIteration:
+                self._ended = True
+                return
+            self._reading.append((job, self._read_threads.submit(self.read, job)))
+
+    def _take_read(self) -> None:
+        """Moves images that have been read to those that wait for a batch, in the order of the jobs."""
+        while self._reading and self._reading[0][1].done():
+            job, future = self._reading.popleft()
+            try:
+                self._waiting.append((job, future.result()))
+            except NoMoreImages:
+                self._ended = True
+            except UserError as error:
+                self.report(job, error)
+
+    def _next_batch(self) -> list[tuple[Job, Image]]:
+        """The first full batch; where none can become full, the oldest image with those of its size."""
+        groups: dict[Hashable, list[tuple[Job, Image]]] = {}
+        for entry in self._waiting:
+            groups.setdefault(self.size(entry[1]), []).append(entry)
+        full = [group for group in groups.values() if len(group) >= self.batch_size]
+        if not full and not self._reading:  # all has been read, or there is no room to read more
+            full = list(groups.values())
+        if not full:
+            return []
+        batch = full[0][: self.batch_size]
+        chosen = {id(entry) for entry in batch}
+        self._waiting = [entry for entry in self._waiting if id(entry) not in chosen]
+        return batch
+
+    def _run(self, batch: list[tuple[Job, Image]]) -> None:
+        try:
+            results = self.run([image for _, image in batch])
+        except UserError as error:
+            if len(batch) == 1:
+                self.report(batch[0][0], error)
+                return
+            results = None
+        if results is None:
+            for entry in batch:
+                self._run([entry])
+            return
+        for (job, _), result in zip(batch, results, strict=True):
+            self._writing.append((job, self._write_threads.submit(self.write, job, result)))
+
+    def _take_written(self, most: int) -> None:
+        """Reports what has been written, and waits while more than ``most`` results are on their way."""
+        while self._writing and (len(self._writing) > most or self._writing[0][1].done()):
+            job, future = self._writing.popleft()
+            try:
+                future.result()
+            except UserError as error:
+                self.report(job, error)
+            else:
+                self.report(job, None)

@@ -1,0 +1,160 @@
+"""Videos, cameras and streams as RGB frames, and RGB frames as a video that is never half there.
+
+OpenCV decodes and encodes. Frames are ``[H, W, 3]`` RGB uint8, turned as the file says.
+"""
+
+import os
+import re
+import tempfile
+from pathlib import Path
+from types import TracebackType
+
+import cv2
+import numpy as np
+
+from dfn_fast.errors import DataError, UserError
+
+VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v")
+ENCODER, SUFFIX = "mp4v", ".mp4"
+# Their headers tell the time that the longest stream takes, sound included, and no number of frames.
+TIMED_SUFFIXES = (".mkv", ".webm")
+USUAL_RATE = 25.0
+
+
+def is_live(source: str) -> bool:
+    """Whether this is a camera (``camera:0``) or a stream (``rtsp://``, ``http://``), which ends when it likes."""
+    return re.fullmatch(r"camera:\d+|(rtsp|rtsps|rtmp|http|https)://.+", source) is not None
+
+
+def is_video(source: str) -> bool:
+    """Whether this is a source of frames, by its name."""
+    return is_live(source) or Path(source).suffix.lower() in VIDEO_SUFFIXES
+
+
+class VideoReader:
+    """The frames of a video file, a camera or a stream, one by one. A context manager: it lets go of the source.
+
+    ``frame_rate`` is in frames/s, 25 where the source tells none; ``announced`` the number of frames, None where it is
+    not known; ``size`` is ``(height, width)``.
+
+    Raises :class:`DataError` where there is no such source or no frame in it.
+    """
+
+    def __init__(self, source: str):
+        self.source, self.live = source, is_live(source)
+        if not self.live and not Path(source).is_file():
+            raise DataError(f"{source}: this video does not exist")
+        self._capture = open_capture(source)
+        self.decoded, self._milliseconds = 0, 0.0
+        self._first = self._decode()
+        if self._first is None:
+            self._capture.release()
+            raise DataError(self._no_frame())
+        self.size = self._first.shape[:2]
+        self._rate = float(self._capture.get(cv2.CAP_PROP_FPS))
+        self.frame_rate = self._rate if 0.1 <= self._rate <= 240 else USUAL_RATE
+        count = self._capture.get(cv2.CAP_PROP_FRAME_COUNT)
+        self.announced = int(count) if not self.live and 0 < count < 1e9 else None
+
+    def read(self) -> np.ndarray | None:
+        """The next frame, or None after the last and where decoding fails."""
+        if self._first is not None:
+            frame, self._first = self._first, None
+            return frame
+        return self._decode()
+
+    def missing(self) -> int:
+        """How many of the announced frames did not come; to be asked when :meth:`read` has given None."""
+        if self.announced is None:
+            return 0
+        missing = max(self.announced - self.decoded, 0)
+        if Path(self.source).suffix.lower() in TIMED_SUFFIXES:
+            late = (self.announced - 1) / self._rate - self._milliseconds / 1000  # of the last frame, in seconds
+            return missing if late > 1 else 0
+        return missing
+
+    def _decode(self) -> np.ndarray | None:
+        ok, frame = self._capture.read()
+        if not ok:
+            return None
+        self.decoded += 1
+        self._milliseconds = self._capture.get(cv2.CAP_PROP_POS_MSEC)
+        return cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+
+    def _no_frame(self) -> str:
+        if self.live:
+            return f"{self.source}: no frame came from it; is it connected, and does no other program use it?"
+        return (
+            f"{self.source}: no frame can be decoded ({Path(self.source).stat().st_size} bytes): no video, a damaged "
+            "one, or coded in a way that OpenCV does not know; copy it again, or convert it to H.264 in .mp4"
+        )
+
+    def __enter__(self) -> "VideoReader":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._capture.release()
+
+
+def open_capture(source: str) -> cv2.VideoCapture:
+    if source.startswith("camera:"):
+        return cv2.VideoCapture(int(source.removeprefix("camera:")))
+    # Other backends would take a file that FFmpeg refuses for a pattern of image names, and complain of that.
+    ffmpeg = cv2.videoio_registry.hasBackend(cv2.CAP_FFMPEG)
+    return cv2.VideoCapture(source, cv2.CAP_FFMPEG if ffmpeg else cv2.CAP_ANY)
+
+
+class VideoWriter:
+    """An MPEG-4 video beside its place, ``folder``, until :meth:`finish` gives it its name; else nothing stays of it.
+
+    Args:
+        folder: where it is written, hidden; it exists.
+        frame_rate: in frames/s.
+        size: ``(height, width)`` of the frames. The format has even sides: an odd one loses its last row or column.
+
+    Raises :class:`UserError` where OpenCV has no encoder for it, :class:`OSError` where the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path, frame_rate: float, size: tuple[int, ...]):
+        self.count = 0
+        self._height, self._width = size[0] // 2 * 2, size[1] // 2 * 2
+        handle, name = tempfile.mkstemp(dir=folder, prefix=".video.", suffix=f".tmp{SUFFIX}")
+        os.close(handle)
+        os.unlink(name)  # OpenCV makes it anew, with the permissions that files have here
+        self._path = Path(name)
+        code = cv2.VideoWriter.fourcc(*ENCODER)
+        self._video = cv2.VideoWriter(name, code, frame_rate, (self._width, self._height))
+        if not self._video.isOpened():
+            self.close()
+            raise UserError(
+                f"OpenCV cannot encode a video of {size[1]}x{size[0]} ({ENCODER} in {SUFFIX}) here; install "
+                "opencv-python-headless from PyPI, which can, or use --no-overlay --frames"
+            )
+
+    def write(self, frame: np.ndarray) -> None:
+        """``[H, W, 3]`` RGB uint8, of the size that the video has."""
+        self._video.write(cv2.cvtColor(frame[: self._height, : self._width], cv2.COLOR_RGB2BGR))
+        self.count += 1
+
+    def finish(self, path: Path) -> None:
+        """Ends the video and gives it its name. Raises :class:`OSError` where it has not been written whole."""
+        self._video.release()
+        # OpenCV says nothing when a disk is full: the frames in the file are counted.
+        written = cv2.VideoCapture(str(self._path))
+        frames = int(written.get(cv2.CAP_PROP_FRAME_COUNT)) if written.isOpened() else 0
+        written.release()
+        if frames != self.count:
+            raise OSError(f"{path}: {frames} of {self.count} frames were written; is the disk full?")
+        with self._path.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(self._path, path)
+
+    def close(self) -> None:
+        self._video.release()
+        self._path.unlink(missing_ok=True)
+
+    def __enter__(self) -> "VideoWriter":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()

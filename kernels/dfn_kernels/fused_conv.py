@@ -1,0 +1,134 @@
+"""Convolution of an inference network: ``out = relu(conv(x, weight) + bias + residual)``, in one pass over ``out``.
+
+Memory format: channels_last. On CUDA one call of cuDNN, on a CPU one of oneDNN with its weight in oneDNN's own layout,
+or Winograd's algorithm for 3x3 convolutions of many channels (:mod:`dfn_kernels.conv3x3`). Bytes: x, residual and
+weight once, out once. PyTorch's own convolution writes ``out`` and reads and writes it again for each of bias
+(on CUDA), residual and ReLU.
+"""
+
+import functools
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dfn_kernels import _winograd as winograd
+from dfn_kernels._backend import nhwc
+from dfn_kernels.conv3x3 import winograd_tile
+
+
+def fused_conv_ref(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, stride: int, padding: int, relu: bool
+) -> Tensor:
+    """The definition, in plain PyTorch and any dtype."""
+    out = F.conv2d(x, weight, bias, stride, padding)
+    out = out if residual is None else out + residual
+    return F.relu(out) if relu else out
+
+
+@dataclass
+class Packed:
+    """What a weight is turned into for the CPU, made when it is first needed and kept: memory for speed."""
+
+    onednn: Tensor | None = None
+    winograd: dict[int, Tensor] = field(default_factory=dict)
+
+
+def fused_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    stride: int = 1,
+    padding: int = 0,
+    relu: bool = True,
+    packed: Packed | None = None,
+) -> Tensor:
+    """``relu(conv2d(x, weight, bias) + residual)``, each of bias, residual and ReLU where it is asked for.
+
+    Args:
+        x: ``[B, I, H, W]``, float32, bfloat16, float16 or float64, converted to channels_last where it is not.
+        weight: ``[O, I, k, k]``, x's dtype. bias: ``[O]``. residual: of the output's shape, x's dtype.
+        packed: kept by the caller beside an unchanging weight: what a CPU turns the weight into, once.
+
+    Returns ``[B, O, h, w]``, channels_last. Sums are float32 or better and rounded once, or after each of the three
+    steps where a device has no fused form. Not differentiable.
+    """
+    if x.device.type == "cuda" and torch.version.hip is None and x.dtype != torch.float64:
+        if bias is not None and relu:
+            return _cudnn(x, weight, bias, residual, stride, padding)
+    elif x.device.type == "cpu" and packed is not None and not torch.compiler.is_compiling():
+        return _on_cpu(nhwc(x), weight, bias, residual, stride, padding, relu, packed)
+    return fused_conv_ref(x, weight, bias, residual, stride, padding, relu)
+
+
+def _on_cpu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: int,
+    padding: int,
+    relu: bool,
+    packed: Packed,
+) -> Tensor:
+    m = 0
+    if weight.shape[2:] == (3, 3) and stride == padding == 1:
+        m = winograd_tile(x, weight.shape[0], ahead=True)
+    if m:
+        if m not in packed.winograd:
+            packed.winograd[m] = winograd.transform_weight(weight, m)
+        out = winograd.convolve(x, packed.winograd[m], m, bias)
+        out = out if residual is None else out.add_(residual)
+        return out.relu_() if relu else out
+    if x.dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():
+        return fused_conv_ref(x, weight, bias, residual, stride, padding, relu)
+    steps, pads, ones = [stride, stride], [padding, padding], [1, 1]
+    if packed.onednn is None:
+        packed.onednn = torch.ops.mkldnn._reorder_convolution_weight(weight, pads, steps, ones, 1, list(x.shape))
+    last = "relu" if relu else "none"
+    run = torch.ops.mkldnn._convolution_pointwise
+    if residual is None:
+        return run(x, packed.onednn, bias, pads, steps, ones, 1, last, [], "")
+    last_or_none = "relu" if relu else None
+    return run.binary(x, nhwc(residual), packed.onednn, bias, pads, steps, ones, 1, "add", 1.0, last_or_none, [], "")
+
+
+# cuDNN's fused calls have no fake rule of their own, so torch.compile and torch.export would not see through them.
+@torch.library.custom_op("dfn_kernels::cudnn_conv_relu", mutates_args=())
+def _cudnn(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, stride: int, padding: int) -> Tensor:
+    x, weight = nhwc(x), nhwc(weight)
+    steps, pads, ones = [stride, stride], [padding, padding], [1, 1]
+    if residual is not None:
+        add = torch.ops.aten.cudnn_convolution_add_relu
+        return add(x, weight, nhwc(residual), 1.0, bias, steps, pads, ones, 1)
+    if _relu_ignores_memory(x.device, x.dtype):
+        return torch.ops.aten.cudnn_convolution_relu(x, weight, bias, steps, pads, ones, 1)
+    return nhwc(F.conv2d(x, weight, bias, stride, padding)).relu_()
+
+
+@_cudnn.register_fake
+def _(x, weight, bias, residual, stride, padding):
+    height, width = ((side + 2 * padding - weight.shape[2]) // stride + 1 for side in x.shape[2:])
+    return x.new_empty((x.shape[0], weight.shape[0], height, width)).to(memory_format=torch.channels_last)
+
+
+@functools.cache
+def _relu_ignores_memory(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether cuDNN's convolution with bias and ReLU is right whatever its output's memory held before.
+
+    PyTorch hands it that memory as an addend with factor 0, and 0 times nan is nan. Asked once for each device and
+    dtype, by a call on memory full of nan; waits for the device, so before any graph is captured.
+    """
+    x = torch.ones((1, 64, 16, 16), device=device, dtype=dtype).to(memory_format=torch.channels_last)
+    weight = torch.full((64, 64, 3, 3), 1 / 64, device=device, dtype=dtype).to(memory_format=torch.channels_last)
+    bias = torch.zeros(64, device=device, dtype=dtype)
+    for _ in range(4):
+        poison = [torch.full_like(x, float("nan")) for _ in range(4)]
+        del poison  # the allocator gives the same memory to the next tensor of that size
+        out = torch.ops.aten.cudnn_convolution_relu(x, weight, bias, [1, 1], [1, 1], [1, 1], 1)
+        if not torch.isfinite(out).all():
+            return False
+    return True

@@ -1,0 +1,206 @@
+"""FusedDFN against the network that it was made of: the same in float64, close in float32, the same labels in bf16."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from dfn_kernels import tuning
+from networks import VARIANT_NAMES, VARIANTS, batch, random_dfn
+from torch import nn
+
+from dfn_fast import FastDFN, ReferenceDFN
+from dfn_fast.fused import Convolution, FusedDFN
+from dfn_fast.reference import resize
+
+
+@pytest.fixture(params=["direct", "winograd"])
+def algorithm(request, monkeypatch):
+    """At these sizes Winograd's would not be chosen."""
+    if request.param == "winograd":
+        monkeypatch.setattr(tuning, "winograd_tile", lambda *shape, **options: 4)
+
+
+def border_of(fused: FusedDFN, data: torch.Tensor) -> torch.Tensor:
+    return resize(fused.border_scores(fused.stages(data)), data.shape[2:])
+
+
+@pytest.mark.parametrize(("settings", "size"), VARIANTS, ids=VARIANT_NAMES)
+@pytest.mark.parametrize("plain", [False, True], ids=["fused", "plain"])
+@torch.no_grad()
+def test_is_the_network_in_float64(settings, size, plain, algorithm):
+    model, data = random_dfn(**settings).eval(), batch(size)[0]
+    fused = model.fuse(return_border=model.has_border, plain=plain)
+    torch.testing.assert_close(fused(data), model(data), rtol=1e-10, atol=1e-10)
+    if model.has_border:
+        torch.testing.assert_close(border_of(fused, data), model.scores(data).border[-1], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("settings", "size"), VARIANTS, ids=VARIANT_NAMES)
+@pytest.mark.parametrize("plain", [False, True], ids=["fused", "plain"])
+@torch.no_grad()
+def test_float32_is_within_1e_4_of_the_range(settings, size, plain, algorithm):
+    model, data = random_dfn(**settings).eval(), batch(size)[0]
+    expected = model(data)
+    ours = model.fuse(dtype=torch.float32, plain=plain)(data)
+    assert ours.dtype == torch.float32
+    assert (ours - expected).abs().max() < 1e-4 * (expected.max() - expected.min())
+
+
+@torch.no_grad()
+def test_oneDNN_and_winograd_are_reached():  # noqa: N802
+    """On a CPU in float32: each convolution keeps its weight as one of the two wants it, and uses it again."""
+    model = ReferenceDFN(3, backbone="resnet18", channels=256, border=False).eval()
+    fused, data = model.fuse(), torch.randn(1, 3, 128, 128)
+    fused(data)
+    kept = [m.packed for m in fused.modules() if isinstance(m, Convolution)]
+    assert any(packed.winograd for packed in kept)
+    assert all(packed.winograd or packed.onednn is not None for packed in kept)
+    before = [(packed.onednn, dict(packed.winograd)) for packed in kept]
+    fused(data)
+    after = [(packed.onednn, dict(packed.winograd)) for packed in kept]
+    assert all(a[0] is b[0] and all(a[1][m] is b[1][m] for m in a[1]) for a, b in zip(after, before, strict=True))
+
+
+def test_the_model_stays_untouched_and_independent():
+    model, data = random_dfn().train(), batch((40, 48))[0]
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        fused = model.fuse()
+        first = fused(data)
+        assert model.training
+        assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+        for parameter in model.parameters():
+            parameter.add_(1)
+        assert torch.equal(fused(data), first)
+        assert not torch.allclose(model.fuse()(data), first)
+
+
+def test_has_no_parameters_and_stays_in_eval_mode():
+    fused = random_dfn().fuse().train()
+    assert not list(fused.parameters())
+    assert not any(module.training for module in fused.modules())
+
+
+@pytest.mark.parametrize(
+    "clone", [copy.deepcopy, lambda fused: pickle.loads(pickle.dumps(fused))], ids=["copy", "pickle"]
+)
+@torch.no_grad()
+def test_copies(clone):
+    model, data = ReferenceDFN(3, backbone="resnet18", channels=16).eval(), torch.randn(1, 3, 40, 48)
+    fused = model.fuse()
+    expected = fused(data)
+    torch.testing.assert_close(clone(fused)(data), expected, rtol=1e-6, atol=1e-6)
+
+
+@torch.no_grad()
+def test_another_dtype_takes_other_packed_weights():
+    """What was kept for float32 must not serve bfloat16."""
+    model, data = ReferenceDFN(3, backbone="resnet18", channels=16).eval(), torch.randn(1, 3, 40, 48)
+    fused = model.fuse()
+    fused(data)
+    fused.cast(torch.bfloat16)
+    assert fused.dtype == torch.bfloat16
+    expected = model.fuse(dtype=torch.bfloat16)(data)
+    torch.testing.assert_close(fused(data), expected, rtol=0.1, atol=0.1)
+
+
+@torch.no_grad()
+def test_norms_that_cannot_be_folded_stay():
+    model = ReferenceDFN(5, backbone="resnet18", channels=16, norm_layer=lambda c: nn.GroupNorm(1, c)).double().eval()
+    data = batch((40, 48))[0]
+    for plain in (False, True):
+        torch.testing.assert_close(model.fuse(plain=plain)(data), model(data), rtol=1e-10, atol=1e-10)
+
+
+@torch.no_grad()
+def test_sync_batch_norm_folds():
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(random_dfn()).eval()
+    data = batch((40, 48))[0]
+    plain = random_dfn().eval()
+    torch.testing.assert_close(model.fuse()(data), plain(data), rtol=1e-10, atol=1e-10)
+
+
+def test_runs_one_head_and_less_arithmetic():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = FastDFN(21, backbone="resnet101").eval()
+    data = torch.randn(1, 3, 64, 64)
+    counts = []
+    with torch.no_grad():
+        for network in (model.fuse(plain=True), ReferenceDFN(21, backbone="resnet101").eval()):
+            with FlopCounterMode(display=False) as counter:
+                network(data)
+            counts.append(counter.get_total_flops())
+    assert counts[0] < 0.91 * counts[1]
+
+
+def test_errors_say_what_is_missing():
+    model = random_dfn(border=False)
+    with pytest.raises(ValueError, match="border=False"):
+        model.fuse(return_border=True)
+    fused, data = model.fuse(), batch((40, 48))[0]
+    with pytest.raises(ValueError, match="return_border=True"):
+        fused.border_scores(fused.stages(data))
+    with pytest.raises(ValueError, match=r"at least 32, got \[1, 3, 31, 40\]"):
+        fused(torch.zeros(1, 3, 31, 40))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_on_a_gpu(dtype):
+    """cuDNN's fused calls, whatever the memory of their output held: it is full of nan before each run."""
+    model = random_dfn().eval()
+    data = batch((64, 96))[0]
+    expected = model(data)
+    fused = model.float().cuda().fuse(dtype=dtype)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        for _ in range(3):
+            junk = [torch.full((2**22,), float("nan"), device="cuda") for _ in range(8)]
+            del junk
+            ours = fused(data.float().cuda()).cpu()
+    scale = expected.max() - expected.min()
+    assert (ours - expected).abs().max() < (1e-4 if dtype == torch.float32 else 5e-2) * scale
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("relu", [False, True])
+def test_fused_conv_on_a_gpu(residual, relu):
+    from dfn_kernels.fused_conv import fused_conv, fused_conv_ref
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 64, 33, 47, device="cuda", dtype=torch.bfloat16)
+    weight, bias = torch.randn(128, 64, 3, 3, device="cuda").bfloat16() / 24, torch.randn(128, device="cuda").bfloat16()
+    addend = torch.randn(2, 128, 17, 24, device="cuda", dtype=torch.bfloat16) if residual else None
+    exact = [None if t is None else t.double() for t in (x, weight, bias, addend)]
+    ours = fused_conv(x, weight, bias, addend, stride=2, padding=1, relu=relu)
+    expected = fused_conv_ref(*exact, 2, 1, relu)
+    theirs = fused_conv_ref(x, weight, bias, addend, 2, 1, relu)
+    assert ours.is_contiguous(memory_format=torch.channels_last)
+    slack = torch.finfo(torch.bfloat16).eps * expected.abs().max()
+    assert (ours - expected).abs().max() <= 2 * (theirs - expected).abs().max() + slack
+
+
+def test_fused_conv_on_a_cpu():
+    """Each combination of bias, residual and ReLU, in both precisions that oneDNN serves, against float64."""
+    from dfn_kernels.fused_conv import Packed, fused_conv, fused_conv_ref
+
+    torch.manual_seed(0)
+    for dtype in (torch.float32, torch.bfloat16):
+        for has_bias, residual, relu in [(b, r, a) for b in (0, 1) for r in (0, 1) for a in (False, True)]:
+            x, weight = torch.randn(2, 12, 9, 13).to(dtype), (torch.randn(20, 12, 3, 3) / 10).to(dtype)
+            bias = torch.randn(20).to(dtype) if has_bias else None
+            addend = torch.randn(2, 20, 5, 7).to(dtype) if residual else None
+            exact = [None if t is None else t.double() for t in (x, weight, bias, addend)]
+            ours = fused_conv(x, weight, bias, addend, stride=2, padding=1, relu=relu, packed=Packed())
+            expected = fused_conv_ref(*exact, 2, 1, relu)
+            theirs = fused_conv_ref(x, weight, bias, addend, 2, 1, relu)
+            slack = torch.finfo(dtype).eps * expected.abs().max()
+            assert ours.dtype == dtype
+            assert F.relu(ours).equal(ours) or not relu
+            assert (ours - expected).abs().max() <= 2 * (theirs - expected).abs().max() + slack
