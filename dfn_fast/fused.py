@@ -38,6 +38,7 @@ class Convolution(nn.Module):
 
     weight: Tensor
     bias: Tensor | None
+    exact_bias: Tensor | None
 
     def __init__(
         self,
@@ -52,6 +53,8 @@ class Convolution(nn.Module):
         # Copies: nothing may change when the model that they come from is trained on.
         self.register_buffer("weight", weight.detach().clone(memory_format=torch.channels_last))
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
+        # In float32 or better, for half precision on a CPU: a third of all that is rounded there would be biases.
+        self.register_buffer("exact_bias", None, persistent=False)
         self.stride, self.padding, self.relu = stride, weight.shape[2] // 2, relu
         self.norm = norm
         self.plain = False
@@ -65,7 +68,15 @@ class Convolution(nn.Module):
         if self.plain:
             return fused_conv_ref(x, self.weight, self.bias, residual, self.stride, self.padding, self.relu)
         settings: dict[str, Any] = {"stride": self.stride, "padding": self.padding, "relu": self.relu}
-        return fused_conv(x, self.weight, self.bias, residual, packed=self.packed, **settings)
+        bias = self.exact_bias if residual is None and x.device.type == "cpu" else None
+        return fused_conv(x, self.weight, self.bias if bias is None else bias, residual, packed=self.packed, **settings)
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """Weight and features in ``dtype``."""
+        bias = self.bias
+        self.to(dtype)
+        if bias is not None and dtype in (torch.bfloat16, torch.float16) and not self.plain:
+            self.exact_bias = bias.float() if self.exact_bias is None else self.exact_bias.float()
 
     def _apply(self, fn, recurse=True):
         self.packed = Packed()  # of the weight as it was, on the device and in the dtype that it had
@@ -239,11 +250,11 @@ class FusedDFN(nn.Module):
             )
             self.border_aft_rrbs = nn.ModuleList(FusedRRB(block, padded, padded) for block in model.border_aft_rrbs)  # type: ignore[arg-type]
             self.border_head = FusedHead(model.border_heads[3], padded, padded_to)  # type: ignore[arg-type]
-        self.cast(dtype or next(model.parameters()).dtype)
         self.plain = plain
         for module in self.modules():
             if isinstance(module, (Convolution, FusedGate)):
                 module.plain = plain
+        self.cast(dtype or next(model.parameters()).dtype)
         self.eval()
 
     def cast(self, dtype: torch.dtype) -> None:
@@ -253,7 +264,7 @@ class FusedDFN(nn.Module):
             if isinstance(module, FusedGate):
                 module.to(high)
             elif isinstance(module, Convolution):
-                module.to(dtype)
+                module.cast(dtype)
 
     def train(self, mode: bool = True) -> "FusedDFN":
         return super().train(False)

@@ -37,7 +37,7 @@ from dfn_fast import cli
 from dfn_fast.data.transforms import IMAGENET_MEAN, IMAGENET_STD, normalize
 from dfn_fast.errors import ConfigError, UserError
 from dfn_fast.fused import FusedDFN
-from dfn_fast.graph_cache import GraphCache, bucketed, pad_to
+from dfn_fast.graph_cache import CudaGraphs, GraphCache, bucketed, pad_to
 from dfn_fast.losses import at_least_float32
 from dfn_fast.reference import MIN_SIZE, ReferenceDFN, resize
 from dfn_fast.windows import WEIGHTS, WholeScores, WindowScores, resized_rows
@@ -300,11 +300,14 @@ class Predictor:
 
     def _graphs(self) -> GraphCache | None:
         """The graphs of whole images, where there are to be any."""
-        if self.device.type != "cuda" or not self.graphs or self.window is not None:
+        if not self._wants_graphs():
             return None
         if self._cache is None:
-            self._cache = GraphCache(self._run, limit_bytes=self.graph_cache_bytes)
+            self._cache = GraphCache(self._run, limit_bytes=self.graph_cache_bytes, graphs=CudaGraphs(self.device))
         return self._cache
+
+    def _wants_graphs(self) -> bool:
+        return self.device.type == "cuda" and self.graphs and self.window is None
 
     def _decide_precision(self, images: Tensor) -> None:
         """Ends ``amp="auto"``."""

@@ -1,8 +1,10 @@
 """FusedDFN against the network that it was made of: the same in float64, close in float32, the same labels in bf16."""
 
 import copy
+import dataclasses
 import pickle
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,8 +13,16 @@ from networks import VARIANT_NAMES, VARIANTS, batch, random_dfn
 from torch import nn
 
 from dfn_fast import FastDFN, ReferenceDFN
+from dfn_fast.border import border_targets
+from dfn_fast.config import recipe
+from dfn_fast.data.loader import Batch
+from dfn_fast.data.registry import build_dataset
+from dfn_fast.data.transforms import normalize
 from dfn_fast.fused import Convolution, FusedDFN
 from dfn_fast.reference import resize
+from dfn_fast.training import Trainer
+
+STEPS = 60
 
 
 @pytest.fixture(params=["direct", "winograd"])
@@ -145,6 +155,30 @@ def test_errors_say_what_is_missing():
         fused.border_scores(fused.stages(data))
     with pytest.raises(ValueError, match=r"at least 32, got \[1, 3, 31, 40\]"):
         fused(torch.zeros(1, 3, 31, 40))
+
+
+@pytest.mark.slow
+def test_bf16_keeps_more_labels_than_autocast_does():
+    """On weights that have been trained for a while: the labels of PyTorch's own bf16 are what ours are held against."""
+    config = dataclasses.replace(recipe("synthetic"), amp="off", batch_size=8, compile=False)
+    train, val = (build_dataset("synthetic", None, split) for split in ("train", "val"))
+    torch.manual_seed(0)
+    trainer = Trainer(FastDFN(8, **config.model_settings()), config, STEPS, torch.device("cpu"))
+    for step in range(STEPS):
+        samples = [train[8 * step + i] for i in range(8)]
+        images = torch.from_numpy(np.stack([s.image[:64, :64] for s in samples])).permute(0, 3, 1, 2)
+        labels = np.stack([s.label[:64, :64] for s in samples])
+        borders = np.stack([border_targets(label, 5) for label in labels])
+        trainer.step([Batch(images, torch.from_numpy(labels), torch.from_numpy(borders), [])], step)
+    model = trainer.model.eval()
+    data = normalize(torch.from_numpy(np.stack([val[i].image for i in range(32)])).permute(0, 3, 1, 2))
+    with torch.inference_mode():
+        exact = model(data).argmax(1)
+        with torch.autocast("cpu", torch.bfloat16):
+            theirs = (model(data).argmax(1) != exact).float().mean().item()
+        ours = (model.fuse(dtype=torch.bfloat16)(data).argmax(1) != exact).float().mean().item()
+    assert len(exact.unique()) > 3
+    assert 0 < ours <= theirs < 0.01
 
 
 @pytest.mark.gpu

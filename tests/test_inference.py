@@ -1,6 +1,8 @@
 """The predictor against the same meaning written as plain loops, in float64."""
 
 import math
+import os
+import threading
 
 import cv2
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from dfn_fast import inference
 from dfn_fast.errors import ConfigError, UserError
 from dfn_fast.fused import FusedDFN
 from dfn_fast.inference import Predictor
@@ -132,16 +135,24 @@ def test_scales_and_mirror_images_are_averaged_as_probabilities(model, picture, 
     assert np.ptp(np.stack(expected), axis=0).max() > 0.01  # the scales do not agree by chance
 
 
+def gaussian(length):
+    """A Gaussian around the middle of a side, an eighth of it wide."""
+    return np.exp(-0.5 * ((np.arange(length) - (length - 1) / 2) / (length / 8)) ** 2)
+
+
+@pytest.mark.parametrize("batch", [None, 3])
+@pytest.mark.parametrize("weight", ["count", "gaussian"])
 @pytest.mark.parametrize("flip", [False, True])
-def test_windows_are_averaged_by_count(model, picture, flip):
+def test_windows_are_averaged(model, picture, flip, weight, batch):
     image = picture(60, 81)  # at scale 1.5: 90 x 122 (121.5 rounded to even), neither a multiple of the stride
     window, stride, scale = (48, 64), (32, 43), 1.5  # a third of overlap
     x = normalised(scaled(image, scale))
     H, W = x.shape[:2]
     assert (H, W) == (90, 122)
+    weights = np.ones(window) if weight == "count" else np.outer(*map(gaussian, window))
     expected = []
     for mirrored in (False, True) if flip else (False,):
-        total, count = np.zeros((K, H, W)), np.zeros((H, W))
+        total, count, tiles = np.zeros((K, H, W)), np.zeros((H, W)), np.zeros((H, W))
         for top in starts(H, window[0], stride[0]):
             for left in starts(W, window[1], stride[1]):
                 tile = x[top : top + window[0], left : left + window[1]]
@@ -149,13 +160,188 @@ def test_windows_are_averaged_by_count(model, picture, flip):
                     scores = resized(small_scores(model, tile[:, ::-1])[..., ::-1], window)
                 else:
                     scores = resized(small_scores(model, tile), window)
-                total[:, top : top + window[0], left : left + window[1]] += scores
-                count[top : top + window[0], left : left + window[1]] += 1
-        assert count.min() == 1
-        assert count.max() >= 4
+                total[:, top : top + window[0], left : left + window[1]] += weights * scores
+                count[top : top + window[0], left : left + window[1]] += weights
+                tiles[top : top + window[0], left : left + window[1]] += 1
+        assert tiles.min() == 1
+        assert tiles.max() >= 4
         expected.append(softmax(resized(total / count, (60, 81))))
-    probabilities = Predictor(model, scales=(scale,), flip=flip, window=window).probabilities(image)
-    np.testing.assert_allclose(probabilities, np.mean(expected, axis=0), rtol=0, atol=1e-6)
+    settings = {"scales": (scale,), "flip": flip, "window": window, "window_weight": weight, "batch": batch}
+    predictor = Predictor(model, **settings)
+    np.testing.assert_allclose(predictor.probabilities(image), np.mean(expected, axis=0), rtol=0, atol=1e-6)
+    np.testing.assert_array_equal(predictor(image), np.mean(expected, axis=0).argmax(0))
+
+
+@pytest.mark.parametrize("settings", [{"window": 48}, {"window": 40, "preset": "torchseg"}], ids=["mean", "torchseg"])
+def test_bands_are_the_whole(model, picture, settings, monkeypatch):
+    """Put together a few rows at a time, which is how large images are."""
+    image, settings = picture(90, 71), {"scales": (0.6, 1, 1.4), "flip": True, **settings}
+    whole = Predictor(model, **settings).probabilities(image)
+    for rows in (1, 7):
+        monkeypatch.setattr(inference, "BAND_BYTES", rows * 4 * K * 71 * 2)
+        torch.testing.assert_close(Predictor(model, **settings).probabilities(image), whole, rtol=0, atol=1e-6)
+
+
+def test_many_images_of_any_size(model, picture):
+    """A list, in its order, equal sizes in one run of the network; nothing for nothing."""
+    images = [picture(40, 50), picture(33, 64), picture(40, 50)[::-1], picture(40, 50)]
+    for batch, runs in ((2, [2, 1, 1]), (None, [1, 1, 1, 1])):
+        predictor = Predictor(model, scales=(1, 1.3), batch=batch)
+        expected, sizes = [predictor(image) for image in images], []
+        predictor.network.stem.register_forward_hook(lambda module, args, out, sizes=sizes: sizes.append(len(out)))
+        labels = predictor(images)
+        assert sizes == [n for n in runs for _ in predictor.scales]
+        assert len(labels) == 4
+        for ours, alone in zip(labels, expected, strict=True):
+            np.testing.assert_array_equal(ours, alone)
+    assert predictor([]) == []
+
+
+def test_tensors_stay_tensors(model, picture):
+    predictor, image = Predictor(model), picture(40, 50)
+    expected = predictor(image)
+    labels = predictor(torch.from_numpy(image))
+    assert labels.dtype == torch.uint8
+    np.testing.assert_array_equal(labels, expected)
+    both = predictor(torch.from_numpy(np.stack([image, image[:, ::-1]])))
+    np.testing.assert_array_equal(both[0], expected)
+    assert both.shape == (2, 40, 50)
+
+
+def test_views_of_an_image_are_read_as_they_are(model, picture):
+    image = picture(50, 64)
+    for view in (image[::-1], image[:, ::-1], image[3:45:1, 2:60], image[..., ::-1]):
+        np.testing.assert_array_equal(Predictor(model)(view), Predictor(model)(view.copy()))
+
+
+def test_too_little_memory_for_a_batch_takes_half(model, picture, monkeypatch):
+    """Here more than two images at once do not fit."""
+    images = [picture(40, 50 + i % 2) for i in range(8)]
+    expected = [Predictor(model)(image) for image in images]
+    sizes, stages = [], FusedDFN.stages
+
+    def small(self, data):
+        sizes.append(len(data))
+        if len(data) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return stages(self, data)
+
+    monkeypatch.setattr(FusedDFN, "stages", small)
+    for ours, alone in zip(Predictor(model, batch=4)(images), expected, strict=True):
+        np.testing.assert_array_equal(ours, alone)
+    assert sizes == [4, 2, 2] * 2
+
+
+def test_refresh_takes_new_weights(picture):
+    model, image = random_model(), picture(40, 50)
+    predictor = Predictor(model, amp="off")
+    before = predictor.probabilities(image)
+    with torch.no_grad():
+        model.smooth_heads[3].conv.weight.neg_()
+    assert torch.equal(predictor.probabilities(image), before)
+    predictor.refresh()
+    assert torch.equal(predictor.probabilities(image), Predictor(model, amp="off").probabilities(image))
+    assert not torch.allclose(predictor.probabilities(image), before, atol=0.1)
+
+
+def test_a_fused_network_is_taken_as_it_is(model, picture):
+    image = picture(40, 50)
+    predictor = Predictor(model.fuse(return_border=True), flip=True)
+    torch.testing.assert_close(
+        predictor.probabilities(image), Predictor(model, flip=True).probabilities(image), rtol=0, atol=1e-6
+    )
+    np.testing.assert_allclose(predictor.border(image), Predictor(model).border(image), rtol=0, atol=1e-6)
+    with pytest.raises(ConfigError, match="Border Network"):
+        Predictor(model.fuse()).border(image)
+
+
+@pytest.mark.parametrize("supported", [True, False])
+@pytest.mark.parametrize("changes", [True, False])
+def test_auto_takes_bf16_where_the_processor_has_it_and_labels_keep(picture, monkeypatch, supported, changes):
+    model, image = random_model(), picture(64, 64)
+    nn.init.constant_(model.smooth_heads[3].conv.weight, 0)
+    if changes:  # two classes that differ by what bf16 rounds away
+        head = model.smooth_heads[3].conv
+        with torch.no_grad():
+            head.weight.copy_(torch.randn_like(head.weight[:1]) * (1 + 1e-4 * torch.randn_like(head.weight)))
+    else:
+        model.smooth_heads[3].conv.bias.data = torch.tensor([0.0, 5.0, 0.0])
+    monkeypatch.setattr(inference, "has_bf16", lambda: supported)
+    predictor = Predictor(model)
+    labels = predictor(image)
+    took = supported and not changes
+    assert predictor.network.dtype == (torch.bfloat16 if took else torch.float32)
+    assert predictor.describe().endswith(", bf16") == took
+    np.testing.assert_array_equal(labels, Predictor(model, amp="bf16" if took else "off")(image))
+
+
+def test_graphs_bucket_and_warm_up(model, picture, monkeypatch):
+    """As on CUDA, with a graph that is none: one for each size, padded sizes cut out again."""
+    from test_graph_cache import StandIn
+
+    device = torch.device("cpu")
+    monkeypatch.setattr(Predictor, "_wants_graphs", lambda self: True)
+    monkeypatch.setattr(inference, "CudaGraphs", lambda device: StandIn())
+    predictor = Predictor(model, scales=(1, 1.5), flip=True, bucket=32)
+    predictor.warm_up([(40, 50), (64, 64), (30, 60), (90, 100)])
+    plain = Predictor(model, scales=(1, 1.5), flip=True)
+    for size in ((40, 50), (64, 64), (30, 60), (40, 50)):
+        image = picture(*size)
+        padded = np.full((64 if size[0] > 32 else 32, 64, 3), (124, 116, 104), np.uint8)
+        padded[: size[0], : size[1]] = image
+        labels = predictor(image)
+        assert labels.shape == size
+        np.testing.assert_array_equal(labels, plain(padded)[: size[0], : size[1]])
+    statistics = predictor._graphs().statistics()
+    assert statistics["captures"] == 3
+    assert statistics["hits"] == 4
+    assert device == predictor.device
+
+
+@pytest.mark.slow
+def test_compiled_gives_the_same(picture):
+    model, image = random_model(), picture(64, 48)
+    expected = Predictor(model, amp="off", flip=True).probabilities(image)
+    ours = Predictor(model, amp="off", flip=True, compile=True).probabilities(image)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
+
+
+def test_a_large_image_of_many_classes_takes_bounded_memory():
+    """A strip of an image of 4096 x 4096 at 150 classes, whose probabilities alone would be 10 GB: far below 2 GB
+    beyond the network's own, which do not grow with the height. The network is a stand-in that costs nothing, as what
+    it needs itself does not count."""
+    image = np.zeros((900, 4096, 3), np.uint8)
+    model = ReferenceDFN(150, backbone="resnet18", channels=8, border=False)
+    predictor = Predictor(model, window=512, amp="off", batch=4)
+    predictor._scores = lambda x: x[:, :1, ::4, ::4] * torch.arange(150.0).view(1, 150, 1, 1)
+    with Peak() as peak:
+        labels = predictor(image)
+    assert labels.shape == (900, 4096)
+    assert peak.bytes < 1.2e9, f"{peak.bytes / 1e9:.2f} GB"
+
+
+class Peak:
+    """The most resident memory that the process had inside, beyond that before."""
+
+    def __enter__(self):
+        self.before, self.most, self.stop = self.now(), 0, threading.Event()
+        self.thread = threading.Thread(target=self.watch)
+        self.thread.start()
+        return self
+
+    def watch(self):
+        while not self.stop.wait(0.005):
+            self.most = max(self.most, self.now())
+
+    def __exit__(self, *error):
+        self.stop.set()
+        self.thread.join()
+        self.bytes = self.most - self.before
+
+    @staticmethod
+    def now():
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 @pytest.mark.parametrize("scale", [1.0, 1.5])
@@ -276,9 +462,21 @@ def test_bf16_runs_the_network_in_bfloat16_and_the_rest_in_float32(picture):
     assert 0 < (probabilities - exact).abs().max() < 0.2
 
 
+@pytest.mark.parametrize("window", [None, 48])
+def test_nothing_that_is_not_finite_becomes_a_label(picture, window):
+    model = random_model()
+    nn.init.constant_(model.smooth_heads[3].conv.bias, math.inf)
+    with pytest.raises(UserError, match="not finite"):
+        Predictor(model, amp="off", window=window)(picture(60, 60))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"batch": 0}, "batch 0"),
+        ({"bucket": 0}, "bucket 0"),
+        ({"graph_cache_bytes": 0}, "graph_cache_bytes 0"),
+        ({"window_weight": "cosine"}, "count, gaussian"),
         ({"scales": ()}, "scales"),
         ({"scales": (1, 0)}, "scales"),
         ({"scales": (math.nan,)}, "scales"),

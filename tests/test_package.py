@@ -29,7 +29,7 @@ def test_importing_is_quick_and_silent_and_writes_nothing(tmp_path):
 
 
 def test_every_command_has_help(tmp_path):
-    for command in ("train", "evaluate", "predict", "data"):
+    for command in ("train", "evaluate", "predict", "export", "data"):
         done = subprocess.run(
             [sys.executable, "-m", f"dfn_fast.{command}", "--help"],
             capture_output=True,

@@ -50,7 +50,8 @@ def fused_conv(
 
     Args:
         x: ``[B, I, H, W]``, float32, bfloat16, float16 or float64, converted to channels_last where it is not.
-        weight: ``[O, I, k, k]``, x's dtype. bias: ``[O]``. residual: of the output's shape, x's dtype.
+        weight: ``[O, I, k, k]``, x's dtype. bias: ``[O]``, x's dtype or, on a CPU with ``packed`` and without
+            residual, float32. residual: of the output's shape, x's dtype.
         packed: kept by the caller beside an unchanging weight: what a CPU turns the weight into, once.
 
     Returns ``[B, O, h, w]``, channels_last. Sums are float32 or better and rounded once, or after each of the three
@@ -84,6 +85,7 @@ def _on_cpu(
         out = out if residual is None else out.add_(residual)
         return out.relu_() if relu else out
     if x.dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():
+        bias = None if bias is None else bias.to(x.dtype)
         return fused_conv_ref(x, weight, bias, residual, stride, padding, relu)
     steps, pads, ones = [stride, stride], [padding, padding], [1, 1]
     if packed.onednn is None:
