@@ -21,7 +21,6 @@ The network is the model's :class:`~dfn_fast.fused.FusedDFN`. Images as a whole 
 together a band of rows at a time (:mod:`dfn_fast.windows`).
 """
 
-import argparse
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
@@ -33,14 +32,13 @@ import torch
 from dfn_kernels import multiscale_argmax, resize_normalize
 from torch import Tensor
 
-from dfn_fast import cli
 from dfn_fast.data.transforms import IMAGENET_MEAN, IMAGENET_STD, normalize
 from dfn_fast.errors import ConfigError, UserError
 from dfn_fast.fused import FusedDFN
 from dfn_fast.graph_cache import CudaGraphs, GraphCache, bucketed, pad_to
 from dfn_fast.losses import at_least_float32
 from dfn_fast.reference import MIN_SIZE, ReferenceDFN, resize
-from dfn_fast.windows import WEIGHTS, WholeScores, WindowScores, resized_rows
+from dfn_fast.windows import WEIGHTS, Inside, WholeScores, WindowScores, pad, resized_rows
 
 PRESETS = ("mean", "torchseg")
 AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -49,12 +47,6 @@ AGREEMENT = 0.999  # of labels in bf16 with those in float32: what "auto" asks o
 TORCHSEG_WINDOW = 512
 BAND_BYTES = 1 << 26  # of the probabilities that are put together at a time
 MOST_AT_ONCE = 32  # images or tiles of one batch
-# A progress bar of images, for tqdm: images/s, however slow.
-IMAGES_BAR: dict[str, Any] = {
-    "unit": " images",
-    "dynamic_ncols": True,
-    "bar_format": "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]",
-}
 
 
 class Predictor:
@@ -386,10 +378,10 @@ class Predictor:
             assert total is not None
             yield total
 
-    def _windowed(self, image: Tensor, scale: float) -> "WholeScores | WindowScores | Inside":
+    def _windowed(self, image: Tensor, scale: float) -> WholeScores | WindowScores | Inside:
         return self._source(self._input(image, scale), self._scores, self.flip)
 
-    def _source(self, x: Tensor, network: Any, flip: bool) -> "WholeScores | WindowScores | Inside":
+    def _source(self, x: Tensor, network: Any, flip: bool) -> WholeScores | WindowScores | Inside:
         """The scores of a scaled image ``[1, 3, h, w]``, in windows where it does not fit into one."""
         inside = None
         if min(x.shape[2:]) < MIN_SIZE:
@@ -413,7 +405,7 @@ class Predictor:
         )
         return source if inside is None else Inside(source, inside)
 
-    def _torchseg(self, image: Tensor, scale: float) -> "Inside":
+    def _torchseg(self, image: Tensor, scale: float) -> Inside:
         """The authors' rule at one scale; the image by factor, not by size: another grid where a side was rounded."""
         assert self.window is not None
         scaled = image[0].cpu().numpy()
@@ -445,19 +437,6 @@ class Predictor:
 NOT_FINITE = "the network's scores are not finite: the checkpoint is damaged, or try --amp off"
 
 
-class Inside:
-    """The part of a padded image's scores that is the image."""
-
-    def __init__(self, source: WindowScores, inside: tuple):
-        self.source, self.align_corners, self.like = source, source.align_corners, source.like
-        _, self.vertical, self.horizontal = inside
-        self.size = (self.vertical.stop - self.vertical.start, self.horizontal.stop - self.horizontal.start)
-
-    def rows(self, begin: int, end: int) -> Tensor:
-        first = self.vertical.start
-        return self.source.rows(begin + first, end + first)[..., self.horizontal]
-
-
 def has_bf16() -> bool:
     """Whether this CPU computes in bf16, and does not just store it."""
     names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
@@ -470,25 +449,6 @@ def check_image(image: np.ndarray | Tensor) -> None:
         raise ValueError(f"expected an RGB image [H, W, 3] of uint8, got {image.dtype} {list(image.shape)}")
     if 0 in image.shape:
         raise ValueError(f"expected an RGB image [H, W, 3] of uint8, got an empty one, {list(image.shape)}")
-
-
-def pad(x: Tensor, size: tuple[int, int], colour: Tensor | None = None) -> tuple[Tensor, tuple]:
-    """``x`` in the middle of a larger image where a side is shorter than in ``size``; and the index that cuts it out.
-
-    ``colour`` ``[1, 3, 1, 1]``, normalised, is that of the padding; None: 0, the mean of all images.
-    """
-    height, width = x.shape[2:]
-    missing = [max(side - have, 0) for side, have in zip(size, (height, width), strict=True)]
-    top, left = missing[0] // 2, missing[1] // 2
-    inside = (..., slice(top, top + height), slice(left, left + width))
-    if not any(missing):
-        return x, inside
-    padded = x.new_zeros(*x.shape[:2], height + missing[0], width + missing[1])
-    padded = padded.contiguous(memory_format=torch.channels_last)
-    if colour is not None:
-        padded += colour
-    padded[inside] = x
-    return padded, inside
 
 
 def out_of_memory(error: RuntimeError) -> bool:
@@ -507,55 +467,3 @@ def memory_advice(size: Sequence[int]) -> Iterator[None]:
             f"an image of {size[1]}x{size[0]} does not fit into memory; use --window 512, smaller "
             "--scales or --amp bf16"
         ) from error
-
-
-def add_inference_options(parser: argparse.ArgumentParser) -> None:
-    """The options of a :class:`Predictor`, alike in evaluate and predict."""
-    group = parser.add_argument_group("inference")
-    group.add_argument("--scales", type=float, nargs="+", default=[1.0], metavar="S", help="image scales (default: 1)")
-    group.add_argument("--flip", action="store_true", help="take the mirror image in at each scale")
-    group.add_argument(
-        "--window", type=cli.size, metavar="SIZE", help="cut into windows, 512 or 512x1024 (default: whole image)"
-    )
-    group.add_argument(
-        "--overlap",
-        type=float,
-        default=1 / 3,
-        metavar="X",
-        help="share of a window that the next covers (default: 1/3)",
-    )
-    group.add_argument(
-        "--preset",
-        choices=PRESETS,
-        default="mean",
-        metavar="NAME",
-        help="mean: probabilities are averaged (default); torchseg: as DFN's authors combine them, windows of 512",
-    )
-    group.add_argument(
-        "--window-weight",
-        choices=WEIGHTS,
-        default="count",
-        metavar="NAME",
-        help="of windows that overlap: count, all alike (default), or gaussian, less towards their edges",
-    )
-    group.add_argument(
-        "--amp",
-        choices=AMPS,
-        metavar="NAME",
-        help="off, bf16, fp16, or auto: bf16, on a CPU unless the first image's labels change with it "
-        "(default: auto on CUDA, off on a CPU)",
-    )
-    group.add_argument("--compile", action="store_true", help="torch.compile the network: half a minute a size, first")
-    group.add_argument(
-        "--bucket", type=int, metavar="N", help="pad images to multiples of N: fewer sizes to prepare for on CUDA"
-    )
-    group.add_argument("--device", default="auto", help="cuda, cuda:1, cpu or auto: CUDA where there is one (default)")
-
-
-def predictor_from(arguments: argparse.Namespace, model: ReferenceDFN) -> Predictor:
-    """The predictor that the options of :func:`add_inference_options` ask for, on the model's device."""
-    names = ("scales", "flip", "window", "overlap", "window_weight", "preset", "amp", "compile", "bucket")
-    settings = {name: getattr(arguments, name) for name in names}
-    if settings["amp"] is None:  # labels that depend on which image came first must be asked for
-        settings["amp"] = "auto" if next(model.parameters()).is_cuda else "off"
-    return Predictor(model, **settings)

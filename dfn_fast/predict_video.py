@@ -14,7 +14,7 @@ from tqdm import tqdm
 from dfn_fast.atomic import write_text
 from dfn_fast.data.files import read_label
 from dfn_fast.errors import DataError, UserError
-from dfn_fast.inference import IMAGES_BAR
+from dfn_fast.inference_options import IMAGES_BAR
 from dfn_fast.pipeline import NoMoreImages, Pipeline
 from dfn_fast.predict_jobs import ImageJob, VideoJob
 from dfn_fast.video import VideoReader, VideoWriter

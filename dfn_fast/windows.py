@@ -182,9 +182,41 @@ class WindowScores:
         return scores * (self.row_weight[inside, None] * self.column_weight)
 
 
+class Inside:
+    """The part of a padded image's scores that is the image."""
+
+    def __init__(self, source: WindowScores, inside: tuple):
+        self.source, self.align_corners, self.like = source, source.align_corners, source.like
+        _, self.vertical, self.horizontal = inside
+        self.size = (self.vertical.stop - self.vertical.start, self.horizontal.stop - self.horizontal.start)
+
+    def rows(self, begin: int, end: int) -> Tensor:
+        first = self.vertical.start
+        return self.source.rows(begin + first, end + first)[..., self.horizontal]
+
+
 def _total(length: int, starts: Iterable[int], weight: Tensor) -> Tensor:
     """The sum of the windows' weights at each pixel along a side, ``[length]``."""
     total = weight.new_zeros(length)
     for start in starts:
         total[start : start + len(weight)] += weight
     return total
+
+
+def pad(x: Tensor, size: tuple[int, int], colour: Tensor | None = None) -> tuple[Tensor, tuple]:
+    """``x`` in the middle of a larger image where a side is shorter than in ``size``; and the index that cuts it out.
+
+    ``colour`` ``[1, 3, 1, 1]``, normalised, is that of the padding; None: 0, the mean of all images.
+    """
+    height, width = x.shape[2:]
+    missing = [max(side - have, 0) for side, have in zip(size, (height, width), strict=True)]
+    top, left = missing[0] // 2, missing[1] // 2
+    inside = (..., slice(top, top + height), slice(left, left + width))
+    if not any(missing):
+        return x, inside
+    padded = x.new_zeros(*x.shape[:2], height + missing[0], width + missing[1])
+    padded = padded.contiguous(memory_format=torch.channels_last)
+    if colour is not None:
+        padded += colour
+    padded[inside] = x
+    return padded, inside

@@ -159,7 +159,7 @@ def test_errors_say_what_is_missing():
 
 @pytest.mark.slow
 def test_bf16_keeps_more_labels_than_autocast_does():
-    """On weights that have been trained for a while: the labels of PyTorch's own bf16 are what ours are held against."""
+    """On weights that have been trained for a while; PyTorch's own bf16 is what ours is held against."""
     config = dataclasses.replace(recipe("synthetic"), amp="off", batch_size=8, compile=False)
     train, val = (build_dataset("synthetic", None, split) for split in ("train", "val"))
     torch.manual_seed(0)

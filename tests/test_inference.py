@@ -298,6 +298,38 @@ def test_graphs_bucket_and_warm_up(model, picture, monkeypatch):
     assert device == predictor.device
 
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("window", [None, 48])
+def test_on_a_gpu_labels_are_those_of_the_cpu(picture, window):
+    model, image = random_model(), picture(90, 71)
+    settings = {"scales": (0.5, 1, 1.5), "flip": True, "window": window, "amp": "off"}
+    expected = Predictor(model, **settings)(image)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        predictor = Predictor(random_model(), device="cuda", **settings)
+        for _ in range(3):  # eager, captured and replayed
+            assert (predictor(image) != expected).mean() < 1e-3
+    many = predictor([image, image[:, ::-1], picture(64, 64)])
+    assert [labels.shape for labels in many] == [(90, 71), (90, 71), (64, 64)]
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_on_a_gpu_one_upload_and_one_download(picture):
+    from torch.profiler import ProfilerActivity, profile
+
+    predictor, image = Predictor(random_model(), device="cuda", scales=(0.5, 1, 1.5), flip=True), picture(128, 96)
+    predictor(image)
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
+        predictor(image)
+    names = [event.name for event in profiler.events()]
+    assert sum("Memcpy HtoD" in name for name in names) == 1
+    assert sum("Memcpy DtoH" in name for name in names) == 1
+
+
 @pytest.mark.slow
 def test_compiled_gives_the_same(picture):
     model, image = random_model(), picture(64, 48)

@@ -1,0 +1,106 @@
+"""Result files: what a benchmark run measured, one JSON for each machine and date under ``benchmarks/results/``.
+
+``python -m benchmarks.record FILE...`` takes the files that ``--benchmark-json`` wrote and adds their rows to
+``results/MACHINE/DATE.json``; rows of a suite that is there already are replaced. Kept are the machine's facts and
+each row's figures; host names, paths and raw times are not.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from benchmarks import measure
+from dfn_fast import cli
+from dfn_fast.atomic import write_text
+from dfn_fast.errors import ConfigError
+
+RESULTS = Path(__file__).with_name("results")
+FACTS = (
+    *("device", "python", "torch", "triton", "threads", "cpus", "kernels"),
+    *("cuda", "driver", "power_limit_watts", "sm_clock_max_mhz"),
+)
+TIMES = ("median", "min", "rounds")  # of pytest-benchmark, seconds; everything else is in extra_info
+
+
+def suite_of(benchmark: dict[str, Any]) -> str:
+    """``test_operators`` of ``benchmarks/test_operators.py::test_operator[...]``."""
+    return Path(benchmark["fullname"].split("::")[0]).stem
+
+
+def compact(content: dict[str, Any]) -> tuple[dict[str, Any], str, dict[str, list[dict[str, Any]]]]:
+    """The machine's facts, the date, and the rows of each suite, from a file of pytest-benchmark."""
+    facts = content["machine_info"]
+    machine = {name: facts[name] for name in FACTS if name in facts}
+    if "driver" not in machine:
+        machine["device"] = facts["cpu"]["brand_raw"]
+    suites: dict[str, list[dict[str, Any]]] = {}
+    for benchmark in content["benchmarks"]:
+        times = {f"{name}_s" if name != "rounds" else name: benchmark["stats"][name] for name in TIMES}
+        figures = {k: rounded(v) for k, v in (times | benchmark["extra_info"]).items()}
+        row = {"group": benchmark["group"], "implementation": implementation_of(benchmark), **figures}
+        suites.setdefault(suite_of(benchmark), []).append(row)
+    return machine, content["datetime"][:10], suites
+
+
+def machine_facts() -> dict[str, Any]:
+    """The facts of this machine, for figures that pytest-benchmark did not take."""
+    import cpuinfo  # comes with pytest-benchmark
+
+    facts = measure.environment()
+    if "driver" not in facts:
+        facts["device"] = cpuinfo.get_cpu_info()["brand_raw"]
+    return {name: facts[name] for name in FACTS if name in facts}
+
+
+def implementation_of(benchmark: dict[str, Any]) -> str:
+    return (benchmark.get("params") or {}).get("implementation", benchmark["name"])
+
+
+def rounded(value: Any) -> Any:
+    """Four digits of a number: what the spread of times allows to read."""
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def machine_name(machine: dict[str, Any]) -> str:
+    """A folder's name for the machine: ``amd-epyc-2-cpus``, ``nvidia-h200``."""
+    name = machine["device"] + ("" if "driver" in machine else f" {machine['cpus']} cpus")
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def add(files: list[Path], results: Path = RESULTS) -> list[Path]:
+    """Adds the rows of ``files`` to the result files of their machines; returns those. Raises ConfigError."""
+    written = []
+    for file in files:
+        try:
+            machine, date, suites = compact(json.loads(file.read_bytes()))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{file}: expected a file that pytest --benchmark-json wrote ({error!r})") from error
+        written.append(merge(machine, date, suites, results))
+    return written
+
+
+def merge(machine: dict[str, Any], date: str, suites: dict[str, list[dict[str, Any]]], results: Path = RESULTS) -> Path:
+    """Puts suites into the result file of a machine and date, in place of their former rows; returns the file."""
+    path = results / machine_name(machine) / f"{date}.json"
+    content = json.loads(path.read_text()) if path.exists() else {"date": date, "machine": machine, "suites": {}}
+    content["suites"] |= suites
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(content, indent=1) + "\n")
+    return path
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = cli.Parser(
+        prog="python -m benchmarks.record",
+        usage="%(prog)s FILE...",
+        description="Keep the figures of benchmark runs under benchmarks/results/.",
+    )
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="written by pytest --benchmark-json FILE")
+    for path in add(parser.parse_args(argv).files):
+        print(path.relative_to(RESULTS.parent.parent))
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,172 @@
+"""The convolutions that decide the speed, each on its own: what to do next is read off this table.
+
+``pytest benchmarks/test_convolutions.py --benchmark-only``. Each distinct convolution of DFN-R101 with more than a
+hundredth of the arithmetic, channels_last: forward, gradient of the input, gradient of the weight; then channel counts
+that tensor cores like and do not like; convolution with bias and ReLU as two calls and as one; batch norm with ReLU.
+Figures are TFLOP/s and the share of the machine's matrix product, measured in the same run. On a GPU at 512 x 512 with
+batch 1, 16 and 32, in bf16 and fp16; on a CPU at 128 x 128, batch 1, in float32 and bf16.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from dfn_kernels import conv3x3
+from dfn_kernels.fused_conv import Packed, fused_conv
+from torch import Tensor
+
+from benchmarks import measure
+from benchmarks.measure import DEVICE
+from benchmarks.roofline import Layer, Network, total_flops
+
+pytestmark = pytest.mark.timeout(900)
+CPU = DEVICE.type == "cpu"
+BATCHES = (1,) if CPU else (1, 16, 32)
+SIDE = 128 if CPU else 512
+DTYPES = (torch.float32, torch.bfloat16) if CPU else (torch.bfloat16, torch.float16)
+DIRECTIONS = ("forward", "input gradient", "weight gradient")
+CHANNELS = [(512, 189), (512, 192), (189, 189), (192, 192), (189, 21), (192, 24), (192, 32), (21, 9), (24, 16)]
+
+
+def layers() -> list[Layer]:
+    """The distinct ones, those with the most arithmetic first; a pixel count is that of one image."""
+    network = Network(height=SIDE, width=SIDE, one_head=False)
+    work: dict[tuple[int, ...], int] = {}
+    by_shape: dict[tuple[int, ...], Layer] = {}
+    for layer in network.layers():
+        shape = (layer.inputs, layer.outputs, layer.kernel, layer.pixels_in, layer.pixels_out)
+        work[shape] = work.get(shape, 0) + layer.flops
+        by_shape.setdefault(shape, layer)
+    least = total_flops(network) / 100
+    return [by_shape[shape] for shape in sorted(work, key=lambda s: -work[s]) if work[shape] > least]
+
+
+def name_of(layer: Layer) -> str:
+    side = round(layer.pixels_out**0.5)
+    return f"{layer.inputs}-{layer.outputs} {layer.kernel}x{layer.kernel} {side}x{side}"
+
+
+@functools.lru_cache(maxsize=4)
+def matrix_product(dtype: torch.dtype) -> float:
+    """Operations a second of a large product in ``dtype``: the roof of the share reported."""
+    side = 2048 if CPU else 8192
+    a, b = (torch.randn(side, side, device=DEVICE).to(dtype) for _ in range(2))
+    seconds = measure.alternate({"mm": lambda: a @ b}, 8)["mm"][2:]
+    return 2 * side**3 / measure.percentile(seconds, 0.5)
+
+
+def tensors(
+    channels: tuple[int, int], kernel: int, side_in: int, batch: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    inputs, outputs = channels
+    torch.manual_seed(0)
+    x = torch.randn(batch, inputs, side_in, side_in, device=DEVICE).to(dtype, memory_format=torch.channels_last)
+    weight = torch.randn(outputs, inputs, kernel, kernel, device=DEVICE) / (inputs * kernel**2) ** 0.5
+    return x, weight.to(dtype, memory_format=torch.channels_last)
+
+
+def timed(calls: dict[str, Callable[[], Any]], benchmark: Any, ours: str) -> dict[str, float]:
+    """Median seconds of the calls, in turns; pytest-benchmark times the one named ``ours``."""
+    seconds = measure.alternate(calls, measure.rounds_for(calls[ours], budget=0.5, least=5, most=50))
+    benchmark.pedantic(lambda: (calls[ours](), measure.synchronize()), rounds=3, iterations=1)
+    return {name: measure.percentile(values, 0.5) for name, values in seconds.items()}
+
+
+def cases() -> Iterator[Any]:
+    for dtype in DTYPES:
+        for batch in BATCHES:
+            for layer in layers():
+                for direction in DIRECTIONS:
+                    name = f"{name_of(layer)} batch {batch} {str(dtype).removeprefix('torch.')} {direction}"
+                    yield pytest.param(layer, batch, dtype, direction, name, id=name.replace(" ", "-"))
+
+
+@pytest.mark.parametrize(("layer", "batch", "dtype", "direction", "name"), cases())
+def test_convolution(layer, batch, dtype, direction, name, benchmark, notes):
+    side_in, side_out = (round(pixels**0.5) for pixels in (layer.pixels_in, layer.pixels_out))
+    stride, padding = side_in // side_out, layer.kernel // 2
+    x, weight = tensors((layer.inputs, layer.outputs), layer.kernel, side_in, batch, dtype)
+    d_out = torch.randn_like(F.conv2d(x, weight, None, stride, padding))
+    wanted = [direction == "input gradient", direction == "weight gradient", False]
+    calls: dict[str, Callable[[], Any]] = {"library": lambda: F.conv2d(x, weight, None, stride, padding)}
+    if direction != "forward":
+        steps, pads = [stride, stride], [padding, padding]
+        backward = torch.ops.aten.convolution_backward
+        calls["library"] = lambda: backward(d_out, x, weight, None, steps, pads, [1, 1], False, [0, 0], 1, wanted)
+    if layer.kernel == 3 and stride == 1:
+        calls["ours"] = functools.partial(conv3x3, x, weight)
+        if direction != "forward":
+            a, b = x.clone().requires_grad_(wanted[0]), weight.clone().requires_grad_(wanted[1])
+            out = conv3x3(a, b)
+            calls["ours"] = lambda: torch.autograd.grad(out, a if wanted[0] else b, d_out, retain_graph=True)
+    median = timed(calls, benchmark, "library")
+    flops, roof = layer.flops * batch, matrix_product(dtype)
+    benchmark.group = name
+    figures = {f"{key}_tflop_per_s": flops / value / 1e12 for key, value in median.items()}
+    shares = {f"{key}_share_of_product": flops / value / roof for key, value in median.items()}
+    benchmark.extra_info.update(figures | shares)
+    text = ", ".join(
+        f"{key} {flops / value / 1e9:.0f} GFLOP/s ({flops / value / roof:.0%})" for key, value in median.items()
+    )
+    notes.append(f"{name}: {text}")
+
+
+@pytest.mark.parametrize("channels", CHANNELS, ids=lambda c: f"{c[0]}-{c[1]}")
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+def test_channel_counts(channels, dtype, benchmark, notes):
+    """189 against 192, 21 against 24 and 32, 9 against 16: 3x3, at stride 4."""
+    x, weight = tensors(channels, 3, SIDE // 4, BATCHES[-1], dtype)
+    median = timed({"library": lambda: F.conv2d(x, weight, padding=1)}, benchmark, "library")["library"]
+    flops = 2 * 9 * channels[0] * channels[1] * x.shape[0] * x.shape[2] * x.shape[3]
+    benchmark.group = f"channels {channels[0]}-{channels[1]} {str(dtype).removeprefix('torch.')}"
+    benchmark.extra_info.update({"ms": median * 1e3, "tflop_per_s": flops / median / 1e12})
+    notes.append(f"{benchmark.group}: {median * 1e3:.3f} ms, {flops / median / 1e9:.0f} GFLOP/s")
+
+
+@pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+def test_bias_and_relu(residual, dtype, benchmark, notes):
+    """Convolution and pointwise steps as separate calls, and as one of the library's; with memory full of nan."""
+    x, weight = tensors((256, 256), 3, SIDE // 16, BATCHES[-1], dtype)
+    bias = torch.randn(256, device=DEVICE).to(dtype)
+    addend = torch.randn_like(x) if residual else None
+
+    def separate() -> Tensor:
+        out = F.conv2d(x, weight, bias, padding=1)
+        return F.relu_(out if addend is None else out.add_(addend))
+
+    packed = Packed()
+    calls = {"separate": separate, "ours": lambda: fused_conv(x, weight, bias, addend, padding=1, packed=packed)}
+    junk = [torch.full_like(x, float("nan")) for _ in range(4)]
+    del junk
+    torch.testing.assert_close(calls["ours"](), calls["separate"](), rtol=0.05, atol=0.05)
+    median = timed(calls, benchmark, "ours")
+    benchmark.group = f"bias, ReLU{', residual' if residual else ''} {str(dtype).removeprefix('torch.')}"
+    benchmark.extra_info.update({f"{name}_ms": value * 1e3 for name, value in median.items()})
+    notes.append(f"{benchmark.group}: one call is {median['separate'] / median['ours']:.2f} x as fast")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+def test_batch_norm_and_relu(dtype, benchmark, notes):
+    """Training's batch norm and ReLU, forward and backward: eager, and compiled. cuDNN's own serves float16 alone."""
+    x = torch.randn(BATCHES[-1] + 1, 256, SIDE // 4, SIDE // 4, device=DEVICE)
+    x = x.to(dtype, memory_format=torch.channels_last).requires_grad_()
+    norm = torch.nn.BatchNorm2d(256).to(DEVICE)
+    d_out = torch.randn_like(x)
+
+    def step(function: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(function(x), [x, *norm.parameters()], d_out)
+
+    def forward(x: Tensor) -> Tensor:
+        return F.relu(norm(x))
+
+    compiled = torch.compile(forward)
+    calls = {"eager": lambda: step(forward), "compiled": lambda: step(compiled)}
+    median = timed(calls, benchmark, "eager")
+    benchmark.group = f"batch norm and ReLU {str(dtype).removeprefix('torch.')}"
+    moved = 5 * x.nbytes  # x twice and out; its gradient and x for the gradient of x, at the least
+    benchmark.extra_info.update({f"{name}_gb_per_s": moved / value / 1e9 for name, value in median.items()})
+    notes.append(f"{benchmark.group}: compiled is {median['eager'] / median['compiled']:.2f} x as fast")

@@ -1,0 +1,233 @@
+"""``python -m benchmarks.waterfall``: from the plain network to ours, one technique a row.
+
+Each row adds one to the row before it, from ``ReferenceDFN`` in eager float32; rows of torch.compile stand aside, for
+comparison. Measured are a training step, or inference from normalised images to log-probabilities: milliseconds
+(median, the rows in turns), peak memory, and the largest difference of the output, as a share of its range in the first
+row. The rows go to ``benchmarks/results/``, and from there into the README by ``python -m benchmarks.report``.
+"""
+
+import dataclasses
+import datetime
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import measure, record
+from benchmarks.measure import DEVICE
+from dfn_fast import FastDFN, ReferenceDFN, Savings, cli
+from dfn_fast.config import TrainConfig
+from dfn_fast.data.loader import Batch
+from dfn_fast.graph_cache import GraphCache
+from dfn_fast.training import Trainer
+
+NUM_CLASSES = 21
+NONE = Savings.none()
+CPU = DEVICE.type == "cpu"
+
+
+@dataclasses.dataclass
+class Row:
+    """A technique: what runs it, and the output that is compared."""
+
+    technique: str
+    run: Callable[[], Any]
+    output: Callable[[], Tensor]
+
+
+def with_savings(*names: str) -> Savings:
+    """Those of the savings alone."""
+    return dataclasses.replace(NONE, **dict.fromkeys(names, True))
+
+
+TRAINING_SAVINGS = {  # a row each, added one to the other
+    "losses of the small scores, fused": "fused_losses",
+    "channel attention fused": "channel_attention",
+    "upsample and add fused": "upsample_add",
+    "1x1 and 3x3 convolutions composed": "composed_rrb",
+    "heads composed": "composed_head",
+}
+
+
+def training_rows(config: TrainConfig) -> list[Row]:
+    """One step: forward, backward, update. The output is the loss of the first step."""
+    generator = torch.Generator().manual_seed(0)
+    size = (config.batch_size, *config.crop)
+    images = torch.randint(256, (*size, 3), dtype=torch.uint8, generator=generator).permute(0, 3, 1, 2)
+    labels = torch.randint(NUM_CLASSES, size, dtype=torch.uint8, generator=generator)
+    borders = torch.randint(2, size, dtype=torch.uint8, generator=generator)
+    batch = Batch(*(x.to(DEVICE) for x in (images, labels, borders)), names=[])
+
+    def row(technique: str, network: type[ReferenceDFN], savings: Savings = NONE, **settings: Any) -> Row:
+        @functools.cache
+        def trainer() -> Trainer:
+            torch.manual_seed(0)
+            chosen = dataclasses.replace(config, **settings)
+            model = network(NUM_CLASSES, **config.model_settings())
+            if isinstance(model, FastDFN):
+                model.savings = savings
+            return Trainer(model, chosen, 10**6, DEVICE)
+
+        return Row(technique, lambda: trainer().step([batch], 0), lambda: trainer().step([batch], 0).detach()[None])
+
+    plain: dict[str, Any] = {"amp": "off", "channels_last": False, "compile": False}
+    bf16 = plain | {"channels_last": True, "amp": "bf16"}
+    rows = [
+        row("ReferenceDFN, eager float32", ReferenceDFN, **plain),
+        row("channels_last", ReferenceDFN, **plain | {"channels_last": True}),
+        row("bf16 autocast", ReferenceDFN, **bf16),
+    ]
+    if not CPU:
+        rows.append(row("(aside: that, torch.compile)", ReferenceDFN, **bf16 | {"compile": True}))
+    names: list[str] = []
+    for technique, name in TRAINING_SAVINGS.items():
+        names.append(name)
+        rows.append(row(technique, FastDFN, with_savings(*names), **bf16))
+    if CPU:
+        rows.append(row("Winograd's algorithm", FastDFN, Savings(), **bf16))
+        return rows
+    rows.append(row("channels padded for tensor cores", FastDFN, Savings(), **bf16))
+    rows.append(row("torch.compile", FastDFN, Savings(), **bf16 | {"compile": True}))
+    rows.append(row("one CUDA graph", FastDFN, Savings(), **bf16 | {"compile": True, "cuda_graph": True}))
+    return rows
+
+
+def inference_rows(config: TrainConfig) -> list[Row]:
+    """From normalised images to log-probabilities, which are the output."""
+    torch.manual_seed(0)
+    reference = calibrated(ReferenceDFN(NUM_CLASSES, **config.model_settings()).to(DEVICE))
+    data = torch.randn(config.batch_size, 3, *config.crop, device=DEVICE)
+    fast = FastDFN(NUM_CLASSES, **config.model_settings()).to(DEVICE).eval()
+    fast.load_state_dict(reference.state_dict())
+
+    def row(technique: str, make: Callable[[], nn.Module], dtype: torch.dtype, layout: torch.memory_format) -> Row:
+        @functools.cache
+        def call() -> Callable[[], Tensor]:
+            model, x = make(), data.to(dtype, memory_format=layout)
+            return torch.inference_mode()(lambda: model(x))
+
+        return Row(technique, lambda: call()(), lambda: call()().float())
+
+    def copy(of: ReferenceDFN, savings: Savings | None = None, last: bool = True, half: bool = True) -> nn.Module:
+        model = type(of)(NUM_CLASSES, **config.model_settings()).to(DEVICE).eval()
+        model.load_state_dict(of.state_dict())
+        if isinstance(model, FastDFN) and savings is not None:
+            model.savings = savings
+        model.to(torch.bfloat16 if half else torch.float32)
+        return model.to(memory_format=torch.channels_last if last else torch.contiguous_format)  # type: ignore[call-overload]
+
+    def compiled(of: ReferenceDFN) -> nn.Module:
+        options: Any = {"freezing": True} if CPU else None
+        torch._dynamo.reset()
+        return torch.compile(copy(of), options=options, mode=None if CPU else "max-autotune")  # type: ignore[return-value]
+
+    bf16, last = torch.bfloat16, torch.channels_last
+    rows = [
+        row("ReferenceDFN, eager float32", lambda: reference, torch.float32, torch.contiguous_format),
+        row("channels_last", lambda: copy(reference, half=False), torch.float32, last),
+        row("bf16", lambda: copy(reference), bf16, last),
+        row("(aside: that, torch.compile)", lambda: compiled(reference), bf16, last),
+        row("one head", lambda: copy(fast, with_savings("one_head")), bf16, last),
+        row(
+            "attention fused, convolutions composed",
+            lambda: copy(fast, dataclasses.replace(Savings(), winograd=False)),
+            bf16,
+            last,
+        ),
+        row("batch norm folded", lambda: fast.fuse(dtype=bf16, plain=True), bf16, last),
+        row("convolution, bias, ReLU in one call", lambda: fast.fuse(dtype=bf16), bf16, last),
+    ]
+    if not CPU:
+        graph = Graphed(lambda: GraphCache(fast.fuse(dtype=bf16), limit_bytes=1 << 33))
+        rows.append(row("one CUDA graph", lambda: graph, bf16, last))
+    return rows
+
+
+class Graphed(nn.Module):
+    """A network behind a cache of CUDA graphs, made when it is first called."""
+
+    def __init__(self, make: Callable[[], GraphCache]):
+        super().__init__()
+        self.cache = functools.cache(make)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.cache()(x)
+
+
+def calibrated(model: ReferenceDFN) -> ReferenceDFN:
+    """With running statistics that fit the random weights, so that scores are neither tiny nor huge."""
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.momentum = None
+    with torch.no_grad():
+        model.train().scores(torch.randn(2, 3, 128, 128, device=DEVICE))
+    return model.eval()
+
+
+def measured(rows: list[Row], group: str, images: int, rounds: int) -> list[dict[str, Any]]:
+    """Each row's figures, in order."""
+    first = rows[0].output()
+    scale = (first.max() - first.min()).item() if first.numel() > 1 else abs(first.item())
+    differences = [(row.output() - first).abs().max().item() / scale for row in rows]
+    seconds = measure.alternate({row.technique: row.run for row in rows}, rounds)
+    found = []
+    for row, difference in zip(rows, differences, strict=True):
+        median = measure.percentile(seconds[row.technique], 0.5)
+        found.append(
+            {
+                "group": group,
+                "implementation": row.technique,
+                "ms": record.rounded(median * 1e3),
+                "p20_ms": record.rounded(measure.percentile(seconds[row.technique], 0.2) * 1e3),
+                "p80_ms": record.rounded(measure.percentile(seconds[row.technique], 0.8) * 1e3),
+                "images_per_s": record.rounded(images / median),
+                "speed_up": record.rounded(measure.median_ratio(seconds[rows[0].technique], seconds[row.technique])),
+                "peak_memory_bytes": measure.peak_memory(row.run),
+                "difference": record.rounded(difference),
+            }
+        )
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = cli.Parser(
+        prog="python -m benchmarks.waterfall",
+        usage="%(prog)s [options]",
+        description="What each technique gives, in training and in inference.",
+    )
+    add = parser.add_argument
+    add("--only", choices=("training", "inference"), metavar="NAME", help="training or inference (default: both)")
+    add("--backbone", default="resnet50" if CPU else "resnet101", metavar="NAME", help="of the network")
+    add("--size", type=cli.size, default=(128, 128) if CPU else (512, 512), metavar="SIZE", help="of the images, HxW")
+    add("--batch", type=int, default=2 if CPU else 32, metavar="N", help="images of a training step")
+    add("--inference-batch", type=int, default=1 if CPU else 16, metavar="N", help="images of an inference")
+    add("--rounds", type=int, default=7 if CPU else 20, metavar="N", help="how often each row is timed")
+    arguments = parser.parse_args(argv)
+    suites = {}
+    for kind, make in (("training", training_rows), ("inference", inference_rows)):
+        if arguments.only in (None, kind):
+            images = arguments.batch if kind == "training" else arguments.inference_batch
+            config = TrainConfig(backbone=arguments.backbone, crop=arguments.size, batch_size=images)
+            height, width = arguments.size
+            group = f"DFN-R{arguments.backbone[6:]} {images}x{height}x{width}"
+            suites[f"waterfall_{kind}"] = measured(make(config), group, images, arguments.rounds)
+            print(shown(suites[f"waterfall_{kind}"]))
+    path = record.merge(record.machine_facts(), datetime.date.today().isoformat(), suites)
+    print(path.relative_to(record.RESULTS.parent.parent))
+    return 0
+
+
+def shown(rows: list[dict[str, Any]]) -> str:
+    lines = [f"{rows[0]['group']:42} {'ms':>9} {'speed-up':>9} {'images/s':>9} {'MB':>8} {'difference':>11}"]
+    for row in rows:
+        lines.append(
+            f"{row['implementation']:42} {row['ms']:9.1f} {row['speed_up']:9.2f} {row['images_per_s']:9.2f} "
+            f"{row['peak_memory_bytes'] / 1e6:8.0f} {row['difference']:11.1e}"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    cli.run(main)
