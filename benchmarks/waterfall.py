@@ -51,14 +51,14 @@ TRAINING_SAVINGS = {  # a row each, added one to the other
 }
 
 
-def training_rows(config: TrainConfig) -> list[Row]:
+def training_rows(config: TrainConfig, images: int) -> list[Row]:
     """One step: forward, backward, update. The output is the loss of the first step."""
     generator = torch.Generator().manual_seed(0)
-    size = (config.batch_size, *config.crop)
-    images = torch.randint(256, (*size, 3), dtype=torch.uint8, generator=generator).permute(0, 3, 1, 2)
+    size = (images, *config.crop)
+    pixels = torch.randint(256, (*size, 3), dtype=torch.uint8, generator=generator).permute(0, 3, 1, 2)
     labels = torch.randint(NUM_CLASSES, size, dtype=torch.uint8, generator=generator)
     borders = torch.randint(2, size, dtype=torch.uint8, generator=generator)
-    batch = Batch(*(x.to(DEVICE) for x in (images, labels, borders)), names=[])
+    batch = Batch(*(x.to(DEVICE) for x in (pixels, labels, borders)), names=[])
 
     def row(technique: str, network: type[ReferenceDFN], savings: Savings = NONE, **settings: Any) -> Row:
         @functools.cache
@@ -94,11 +94,11 @@ def training_rows(config: TrainConfig) -> list[Row]:
     return rows
 
 
-def inference_rows(config: TrainConfig) -> list[Row]:
+def inference_rows(config: TrainConfig, images: int) -> list[Row]:
     """From normalised images to log-probabilities, which are the output."""
     torch.manual_seed(0)
     reference = calibrated(ReferenceDFN(NUM_CLASSES, **config.model_settings()).to(DEVICE))
-    data = torch.randn(config.batch_size, 3, *config.crop, device=DEVICE)
+    data = torch.randn(images, 3, *config.crop, device=DEVICE)
     fast = FastDFN(NUM_CLASSES, **config.model_settings()).to(DEVICE).eval()
     fast.load_state_dict(reference.state_dict())
 
@@ -168,9 +168,10 @@ def calibrated(model: ReferenceDFN) -> ReferenceDFN:
 
 def measured(rows: list[Row], group: str, images: int, rounds: int) -> list[dict[str, Any]]:
     """Each row's figures, in order."""
-    first = rows[0].output()
+    outputs = [row.output() for row in rows]  # once: a step changes the weights
+    first = outputs[0]
     scale = (first.max() - first.min()).item() if first.numel() > 1 else abs(first.item())
-    differences = [(row.output() - first).abs().max().item() / scale for row in rows]
+    differences = [(output - first).abs().max().item() / scale for output in outputs]
     seconds = measure.alternate({row.technique: row.run for row in rows}, rounds)
     found = []
     for row, difference in zip(rows, differences, strict=True):
@@ -209,10 +210,10 @@ def main(argv: list[str] | None = None) -> int:
     for kind, make in (("training", training_rows), ("inference", inference_rows)):
         if arguments.only in (None, kind):
             images = arguments.batch if kind == "training" else arguments.inference_batch
-            config = TrainConfig(backbone=arguments.backbone, crop=arguments.size, batch_size=images)
+            config = TrainConfig(backbone=arguments.backbone, crop=arguments.size, batch_size=max(images, 2))
             height, width = arguments.size
             group = f"DFN-R{arguments.backbone[6:]} {images}x{height}x{width}"
-            suites[f"waterfall_{kind}"] = measured(make(config), group, images, arguments.rounds)
+            suites[f"waterfall_{kind}"] = measured(make(config, images), group, images, arguments.rounds)
             print(shown(suites[f"waterfall_{kind}"]))
     path = record.merge(record.machine_facts(), datetime.date.today().isoformat(), suites)
     print(path.relative_to(record.RESULTS.parent.parent))
