@@ -23,6 +23,7 @@ together a band of rows at a time (:mod:`dfn_fast.windows`).
 
 import contextlib
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, overload
 
@@ -53,8 +54,8 @@ class Predictor:
     """Segments images of any size: ``predictor(image)`` is the label map.
 
     Args:
-        model: a ReferenceDFN or FastDFN, which is left as it is, or a FusedDFN. Later changes of the model's weights
-            are seen after :meth:`refresh`.
+        model: a ReferenceDFN or FastDFN, which is moved to ``device`` and else left as it is, or a FusedDFN. Later
+            changes of the model's weights are seen after :meth:`refresh`.
         scales: factors of the image's size, each side rounded; a side is not made smaller than 32.
         flip: takes the mirror image in too.
         window: side or (height, width) of the tiles that the scaled image is cut into; None: the image as a whole.
@@ -119,6 +120,7 @@ class Predictor:
         self.window_weight, self.batch, self.bucket = window_weight, batch, bucket
         self.graphs, self.graph_cache_bytes, self.compile = graphs, graph_cache_bytes, compile
         self.model = model if device is None else model.to(device)
+        self._lock = threading.RLock()  # of what is made at the first call
         self.refresh()
 
     def refresh(self) -> None:
@@ -222,9 +224,10 @@ class Predictor:
     @property
     def network(self) -> FusedDFN:
         """The fused network, made when it is first needed."""
-        if self._network is None:
-            self._network = self._fused()
-        return self._network
+        with self._lock:
+            if self._network is None:
+                self._network = self._fused()
+            return self._network
 
     def _fused(self, *, return_border: bool = False) -> FusedDFN:
         if isinstance(self.model, FusedDFN):
@@ -260,6 +263,7 @@ class Predictor:
     def warm_up(self, sizes: Sequence[tuple[int, int]], batch: int = 1) -> None:
         """Prepares for images of ``sizes`` (height, width), the largest first, where a size has a graph of its own."""
         sizes = [bucketed(size, self.bucket) if self.bucket else size for size in sizes]
+        self._decide_precision()
         cache = self._graphs()
         if cache is not None:
             cache.warm_up([(batch, *size, 3) for size in dict.fromkeys(sizes)])
@@ -301,24 +305,29 @@ class Predictor:
     def _wants_graphs(self) -> bool:
         return self.device.type == "cuda" and self.graphs and self.window is None
 
-    def _decide_precision(self, images: Tensor) -> None:
-        """Ends ``amp="auto"``."""
-        if self.amp != "auto":
-            return
-        self.amp = "off"
-        if isinstance(self.model, FusedDFN) or next(self.model.parameters()).dtype != torch.float32:
-            return
-        if self.device.type == "cuda":
-            self.amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "off"
-            return
-        if not has_bf16():
-            return
-        exact = self._run(images)
-        self.amp = "bf16"
-        exact_network, self._network, self._compiled = self._network, None, None
-        share = (self._run(images) == exact)[:-1].float().mean().item()
-        if share < AGREEMENT:
-            self.amp, self._network, self._compiled = "off", exact_network, None
+    def _decide_precision(self, images: Tensor | None = None) -> None:
+        """Ends ``amp="auto"``; on a CPU it takes uint8 images ``[B, H, W, 3]`` to tell, and waits for some."""
+        with self._lock:
+            if self.amp != "auto":
+                return
+            if isinstance(self.model, FusedDFN) or next(self.model.parameters()).dtype != torch.float32:
+                self.amp = "off"
+            elif self.device.type == "cuda":
+                self._take("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "off")
+            elif not has_bf16():
+                self.amp = "off"
+            elif images is not None:
+                self.amp = "off"
+                exact = self._run(images)
+                self._take("bf16")
+                share = (self._run(images) == exact)[:-1].float().mean().item()
+                if share < AGREEMENT:
+                    self._take("off")
+
+    def _take(self, amp: str) -> None:
+        """Changes the precision, with networks to be made anew."""
+        self.amp = amp
+        self._network = self._border_network = self._compiled = None
 
     def _maps(self, images: Tensor) -> tuple[list[Tensor], list[bool]]:
         """The small score maps of all scales, each of the images and with flip of their mirror images."""

@@ -275,6 +275,20 @@ def test_auto_takes_bf16_where_the_processor_has_it_and_labels_keep(picture, mon
     np.testing.assert_array_equal(labels, Predictor(model, amp="bf16" if took else "off")(image))
 
 
+def test_several_threads_share_a_predictor(model, picture):
+    """At its first calls too, when the network is made."""
+    images = [picture(40 + i, 50) for i in range(8)]
+    expected = [Predictor(model, flip=True)(image) for image in images]
+    predictor, found = Predictor(model, flip=True), {}
+    threads = [threading.Thread(target=lambda i=i: found.update({i: predictor(images[i])})) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i in range(8):
+        np.testing.assert_array_equal(found[i], expected[i])
+
+
 def test_graphs_bucket_and_warm_up(model, picture, monkeypatch):
     """As on CUDA, with a graph that is none: one for each size, padded sizes cut out again."""
     from test_graph_cache import StandIn
