@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from benchmarks import plots
 from benchmarks.record import RESULTS
 from dfn_fast import cli
 from dfn_fast.atomic import write_text
@@ -17,6 +18,11 @@ README = RESULTS.parent.parent / "README.md"
 BEGIN = "<!-- made by python -m benchmarks.report from benchmarks/results: do not edit -->"
 END = "<!-- end of results -->"
 Row = dict[str, Any]
+
+
+def machines(results: Path = RESULTS) -> list[Path]:
+    """The folders of result files, one for each machine."""
+    return sorted(path for path in results.iterdir() if path.is_dir())
 
 
 def newest(folder: Path) -> tuple[Row, dict[str, dict[str, Any]]]:
@@ -125,12 +131,28 @@ def waterfall_table(rows: list[Row]) -> list[str]:
     return table([rows[0]["group"], "ms", "images/s", "speed-up", "peak MB", "difference"], lines)
 
 
+def scaling_table(rows: list[Row]) -> list[str]:
+    """The exponents alone; the points are in the file and in the picture."""
+    found = [row for row in rows if row["implementation"] == "exponent"]
+    lines = [
+        [f"{row['group'].split(',')[0]}, {row['of']}", f"{row['time_exponent']:.2f}", f"{row['memory_exponent']:.2f}"]
+        for row in found
+    ]
+    return table(["grows with", "time to the power of", "memory to the power of"], lines)
+
+
+PICTURES = {
+    "waterfall.png": "Bars: how many times faster than eager float32 each technique makes training and inference",
+    "scaling.png": "Lines: milliseconds of a batch over the pixels of an image",
+}
 TABLES = {
     "waterfall_training": waterfall_table,
     "waterfall_inference": waterfall_table,
     "test_training_step": training_table,
     "test_inference": inference_table,
     "test_operators": operator_table,
+    "scaling_inference": scaling_table,
+    "scaling_training": scaling_table,
 }
 
 
@@ -141,6 +163,9 @@ def section(folder: Path) -> list[str]:
     if not kept:
         return []
     lines = [f"### {machine['device']}, torch {machine['torch']}, {machine['threads']} threads", ""]
+    for picture, words in PICTURES.items():
+        if (folder / picture).is_file():
+            lines += [f"![{words}](benchmarks/results/{folder.name}/{picture})", ""]
     for name in kept:
         lines += [*TABLES[name](suites[name]["rows"]), ""]
         lines += [f"`{name}`, from `benchmarks/results/{folder.name}/{suites[name]['date']}.json`", ""]
@@ -150,7 +175,7 @@ def section(folder: Path) -> list[str]:
 def text(results: Path = RESULTS) -> str:
     """What stands between the markers. Columns named after an implementation say how much faster ours is."""
     lines: list[str] = []
-    for folder in sorted(path for path in results.iterdir() if path.is_dir()):
+    for folder in machines(results):
         lines += section(folder)
     return "\n".join([BEGIN, "", *lines, END])
 
@@ -173,10 +198,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 where the README differs")
     arguments = parser.parse_args(argv)
     old = README.read_text(encoding="utf-8")
-    new = with_results(old, text())
     if arguments.check:
-        return int(old != new)
-    write_text(README, new)
+        return int(old != with_results(old, text()))
+    for folder in machines():
+        suites = {name: found["rows"] for name, found in newest(folder)[1].items()}
+        plots.draw(suites, folder)
+    write_text(README, with_results(old, text()))
     return 0
 
 

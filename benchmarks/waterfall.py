@@ -26,6 +26,14 @@ from dfn_fast.training import Trainer
 NUM_CLASSES = 21
 NONE = Savings.none()
 CPU = DEVICE.type == "cpu"
+DEFAULTS: dict[str, dict[str, Any]] = {
+    # On a CPU the network of the default recipe is trained, and the published one infers.
+    "training": {"backbone": "resnet18", "stem": "conv7", "channels": 64, "crop": (96, 96), "batch_size": 16},
+    "inference": {"backbone": "resnet101", "crop": (256, 256), "batch_size": 1},
+}
+if not CPU:
+    DEFAULTS["training"] = {"backbone": "resnet101", "crop": (512, 512), "batch_size": 32}
+    DEFAULTS["inference"] = {"backbone": "resnet101", "crop": (512, 512), "batch_size": 16}
 
 
 @dataclasses.dataclass
@@ -200,19 +208,19 @@ def main(argv: list[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("--only", choices=("training", "inference"), metavar="NAME", help="training or inference (default: both)")
-    add("--backbone", default="resnet50" if CPU else "resnet101", metavar="NAME", help="of the network")
-    add("--size", type=cli.size, default=(128, 128) if CPU else (512, 512), metavar="SIZE", help="of the images, HxW")
-    add("--batch", type=int, default=2 if CPU else 32, metavar="N", help="images of a training step")
-    add("--inference-batch", type=int, default=1 if CPU else 16, metavar="N", help="images of an inference")
+    add("--backbone", metavar="NAME", help="of the network")
+    add("--size", type=cli.size, metavar="SIZE", help="of the images, HxW")
+    add("--batch", type=int, metavar="N", help="images at once")
     add("--rounds", type=int, default=7 if CPU else 20, metavar="N", help="how often each row is timed")
     arguments = parser.parse_args(argv)
+    given = {"backbone": arguments.backbone, "crop": arguments.size, "batch_size": arguments.batch}
     suites = {}
     for kind, make in (("training", training_rows), ("inference", inference_rows)):
         if arguments.only in (None, kind):
-            images = arguments.batch if kind == "training" else arguments.inference_batch
-            config = TrainConfig(backbone=arguments.backbone, crop=arguments.size, batch_size=max(images, 2))
-            height, width = arguments.size
-            group = f"DFN-R{arguments.backbone[6:]} {images}x{height}x{width}"
+            settings = DEFAULTS[kind] | {name: value for name, value in given.items() if value is not None}
+            images, (height, width) = settings["batch_size"], settings["crop"]
+            config = TrainConfig(**settings | {"batch_size": max(images, 2)})
+            group = f"DFN-R{config.backbone[6:]} {images}x{height}x{width}"
             suites[f"waterfall_{kind}"] = measured(make(config, images), group, images, arguments.rounds)
             print(shown(suites[f"waterfall_{kind}"]))
     path = record.merge(record.machine_facts(), datetime.date.today().isoformat(), suites)

@@ -128,7 +128,7 @@ class VideoWriter:
             self.close()
             raise UserError(
                 f"OpenCV cannot encode a video of {size[1]}x{size[0]} ({ENCODER} in {SUFFIX}) here; install "
-                "opencv-python-headless from PyPI, which can, or use --no-overlay --frames"
+                "the wheel of opencv-python, which can, or use --no-overlay --frames"
             )
 
     def write(self, frame: np.ndarray) -> None:

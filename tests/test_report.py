@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import report
+from benchmarks import report, scaling
 
 
 def test_the_readme_shows_the_result_files():
@@ -70,13 +70,20 @@ def test_what_is_slower_than_compile_stands_first(results):
     assert lines[1].startswith("| fast | 1.00 | 2.00 x | 2.00 x |")
 
 
+def test_exponents_are_slopes():
+    assert scaling.exponent([1, 2, 4, 8], [3.0, 6.0, 12.0, 24.0]) == pytest.approx(1)
+    assert scaling.exponent([1, 4, 16], [5.0, 10.0, 20.0]) == pytest.approx(0.5)
+
+
 def test_the_readme_is_written_between_its_markers(results, tmp_path, monkeypatch):
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n\n{report.BEGIN}\nold\n{report.END}\n\nafter\n")
     monkeypatch.setattr(report, "README", readme)
     monkeypatch.setattr(report, "text", lambda: "new tables")
+    monkeypatch.setattr(report, "machines", lambda: [results / "some-cpu"])
     assert report.main(["--check"]) == 1
     assert report.main([]) == 0
     assert readme.read_text() == "before\n\nnew tables\n\nafter\n"
+    assert (results / "some-cpu" / "waterfall.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="no markers"):
         report.main([])
