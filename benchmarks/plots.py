@@ -8,6 +8,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator
 
 Rows = list[dict[str, Any]]
 OURS, THEIRS, ASIDE = "#1f6f8b", "#b0b7bd", "#e0a458"
@@ -50,15 +51,21 @@ def waterfall(axis: Axes, rows: Rows, kind: str) -> None:
 
 def against_size(axis: Axes, scaling: dict[str, Rows]) -> None:
     """Milliseconds over the pixels of an image, both logarithmic, with the slope in the legend."""
+    sides: list[int] = []
     for (kind, rows), colour in zip(scaling.items(), (OURS, ASIDE), strict=False):
         rows = [row for row in rows if row["group"].endswith(", side")]
-        points = [(int(row["implementation"]) ** 2, row["ms"]) for row in rows if "ms" in row]
+        sides = [int(row["implementation"]) for row in rows if "ms" in row]
+        points = [(side**2, row["ms"]) for side, row in zip(sides, rows, strict=False)]
         slope = next(row["time_exponent"] for row in rows if "time_exponent" in row)
         axis.loglog(*zip(*points, strict=True), "o-", color=colour, label=f"{kind}: pixels to the power of {slope:.2f}")
+    axis.set_xticks([side**2 for side in sides], [f"{side} x {side}" for side in sides])
+    axis.minorticks_off()
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter(lambda value, position: f"{value:g}")
     axis.set_xlabel("pixels of an image")
     axis.set_ylabel("ms of a batch")
     axis.legend(frameon=False)
-    axis.grid(alpha=0.3, which="both")
+    axis.grid(alpha=0.3)
 
 
 def _save(figure: Any, path: Path) -> Path:

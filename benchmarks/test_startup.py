@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CUDA = torch.cuda.is_available()
 PROGRAMS = {
     "import torch": "import torch",
-    "import dfn_fast, after torch": "import torch\\nSTART()\\nimport dfn_fast",
+    "import dfn_fast, after torch": "import torch\nSTART()\nimport dfn_fast",
     "first training step": """
         from dfn_fast.training import Trainer
         from dfn_fast import FastDFN
