@@ -62,45 +62,26 @@ def share(row: Row, name: str, other: str) -> str:
     return f"{row[name] / row[other]:.2f} x" if name in row and row.get(other) else "-"
 
 
-def training_table(rows: list[Row]) -> list[str]:
+def speed_table(title: str, rows: list[Row], shares: dict[str, tuple[str, str]]) -> list[str]:
+    """A line for each ``ours``: its time, how much faster it is than each other, and memory as ``shares`` of theirs."""
+    others = {"float32": "float32", "channels_last": "eager", "compiled": "compile"}
     lines = []
     for group, found in by_group(rows).items():
         ours = found.get("ours")
         if ours is not None:
-            lines.append(
-                [
-                    group,
-                    f"{ours['ours_ms']:.0f}",
-                    f"{ours['images_per_s']:.1f}",
-                    times(ours, "speed_up_over_float32"),
-                    times(ours, "speed_up_over_eager"),
-                    times(ours, "speed_up_over_compile"),
-                    share(ours, "ours_memory", "eager_memory"),
-                    share(ours, "ours_held", "eager_held"),
-                ]
-            )
-    header = ["training step", "ms", "images/s", "float32", "channels_last", "compiled", "peak memory", "activations"]
-    return table(header, lines)
+            figures = [f"{ours['ours_ms']:.0f}", f"{ours['images_per_s']:.2f}"]
+            figures += [times(ours, f"speed_up_over_{name}") for name in others.values()]
+            lines.append([group, *figures, *(share(ours, *names) for names in shares.values())])
+    return table([title, "ms", "images/s", *others, *shares], lines)
+
+
+def training_table(rows: list[Row]) -> list[str]:
+    shares = {"peak memory": ("ours_memory", "eager_memory"), "activations": ("ours_held", "eager_held")}
+    return speed_table("training step", rows, shares)
 
 
 def inference_table(rows: list[Row]) -> list[str]:
-    lines = []
-    for group, found in by_group(rows).items():
-        ours = found.get("ours")
-        if ours is not None:
-            lines.append(
-                [
-                    group,
-                    f"{ours['ours_ms']:.0f}",
-                    f"{ours['images_per_s']:.2f}",
-                    times(ours, "speed_up_over_float32"),
-                    times(ours, "speed_up_over_eager"),
-                    times(ours, "speed_up_over_compile"),
-                    share(ours, "peak_memory_bytes", "float32_memory"),
-                ]
-            )
-    header = ["inference", "ms", "images/s", "float32", "channels_last", "compiled", "peak memory"]
-    return table(header, lines)
+    return speed_table("inference", rows, {"peak memory": ("peak_memory_bytes", "float32_memory")})
 
 
 def operator_table(rows: list[Row]) -> list[str]:

@@ -139,7 +139,8 @@ class InferenceTrial:
             self.function("float32")()
             self.expected = (self.probabilities / self.probabilities.sum(1, keepdim=True)).log()
         chosen = self.expected.gather(1, labels[:, None])[:, 0]
-        worse = (self.expected.amax(1) - chosen).quantile(0.99) if chosen.numel() < 2**24 else torch.tensor(0.0)
+        short = (self.expected.amax(1) - chosen).flatten()
+        worse = short[:: max(len(short) >> 22, 1)].quantile(0.99)  # which takes 2^24 numbers at the most
         allowed = SHORTFALL * (self.expected.max() - self.expected.min())
         assert worse <= allowed, (
             f"{self.name}, {implementation}: labels fall short by {worse:.3g}, allowed {allowed:.3g}"

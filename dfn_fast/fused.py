@@ -53,7 +53,7 @@ class Convolution(nn.Module):
         # Copies: nothing may change when the model that they come from is trained on.
         self.register_buffer("weight", weight.detach().clone(memory_format=torch.channels_last))
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
-        # In float32 or better, for half precision on a CPU: a third of all that is rounded there would be biases.
+        # In float32, for half precision on a CPU: rounded biases change more labels.
         self.register_buffer("exact_bias", None, persistent=False)
         self.stride, self.padding, self.relu = stride, weight.shape[2] // 2, relu
         self.norm = norm

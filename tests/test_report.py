@@ -57,7 +57,7 @@ def results(tmp_path):
 def test_each_suite_is_its_newest_and_names_its_file(results):
     text = report.text(results)
     assert "### Some CPU, torch 2.13, 2 threads" in text
-    assert "| step | 50 | 2.0 | - | 1.25 x | - | 0.60 x | - |" in text
+    assert "| step | 50 | 2.00 | - | 1.25 x | - | 0.60 x | - |" in text
     assert "| step | 100" not in text
     assert "`test_training_step`, from `benchmarks/results/some-cpu/2026-01-02.json`" in text
     assert "`test_operators`, from `benchmarks/results/some-cpu/2026-01-01.json`" in text
