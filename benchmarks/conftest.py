@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks import measure
+from benchmarks import figures, machine, measure
+from benchmarks.figures import Work
 from benchmarks.measure import DEVICE, Trial
+from benchmarks.operator_cases import FEATURES
 
 CPU_TIME_LIMIT = 1.1  # ours / eager, promised on a CPU
 
@@ -23,7 +25,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
-    machine_info.update(measure.environment())
+    machine_info.update(machine.environment() | machine.ceilings())
 
 
 class Report:
@@ -41,14 +43,8 @@ class Report:
         calls: dict[str, Callable[[], Any]] = {name: functools.partial(trial.run, name) for name in names}
         seconds = measure.alternate(calls, measure.rounds_for(calls[implementation]))
         own = seconds[implementation]
-        median = measure.percentile(own, 0.5)
         info = {
-            "median_ms": median * 1e3,
-            "p20_ms": measure.percentile(own, 0.2) * 1e3,
-            "p80_ms": measure.percentile(own, 0.8) * 1e3,
-            "bytes_moved": trial.bytes_moved(),
-            "gb_per_s": trial.bytes_moved() / median / 1e9,
-            "share_of_copy": trial.bytes_moved() / median / measure.copy_bandwidth(),
+            **figures.figures(own, Work(trial.bytes_moved(), trial.flops(), FEATURES)),
             "peak_memory_bytes": self.memory[trial.name, implementation],
         }
         for other in names:

@@ -6,8 +6,6 @@ PyTorch's allocators; on a CPU that is every tensor, inside operators too, but n
 """
 
 import functools
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +18,6 @@ from torch import Tensor
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 IMPLEMENTATIONS = ("eager", "compile", "ours")
 FLUSH_BYTES = 1 << 30
-COPY_BYTES = 1 << (30 if DEVICE.type == "cuda" else 27)
 
 
 @dataclass(frozen=True)
@@ -33,6 +30,7 @@ class Case:
     ours: Callable[..., Any]
     inputs: Callable[[], Sequence[Any]]
     forward_bytes: Callable[..., int]
+    forward_flops: Callable[..., int]  # backward, where there is one, counts twice as many
     backward_bytes: Callable[..., int] | None = None  # None: the operator has no gradient
     training: bool = False
     memory_limit: float | None = None  # promised share of eager's peak memory, on a CPU
@@ -81,6 +79,10 @@ class Trial:
         if self.backward and self.case.backward_bytes is not None:
             total += self.case.backward_bytes(*self.inputs)
         return total
+
+    def flops(self) -> int:
+        """Operations of one call, each multiplication, addition and function of a number counted as one."""
+        return self.case.forward_flops(*self.inputs) * (3 if self.backward else 1)
 
     def check(self, implementation: str) -> None:
         """Raises AssertionError unless the implementation gives what eager gives: a mistake, not rounding, is sought.
@@ -157,9 +159,10 @@ def rounds_for(function: Callable[[], Any], budget: float = 1.0, least: int = 5,
     return max(least, min(most, int(budget / (time.perf_counter() - start))))
 
 
-def peak_memory(function: Callable[[], Any]) -> int:
-    """The most bytes allocated at one time during a call, beyond what was allocated before it."""
-    return _memory(function)[0]
+def peak_memory(function: Callable[[], Any], warm: bool = False) -> int:
+    """The most bytes allocated at one time during a call, beyond what was allocated before it. The call before it,
+    which fills caches, is left out where the function is ``warm``."""
+    return _memory(function, warm)[0]
 
 
 def held_memory(function: Callable[[], Any]) -> int:
@@ -167,9 +170,10 @@ def held_memory(function: Callable[[], Any]) -> int:
     return _memory(function)[1]
 
 
-def _memory(function: Callable[[], Any]) -> tuple[int, int]:
+def _memory(function: Callable[[], Any], warm: bool = False) -> tuple[int, int]:
     """Bytes at the most, and at the end with the result still alive, beyond those before the call."""
-    function()
+    if not warm:
+        function()
     if DEVICE.type == "cuda":
         synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -190,15 +194,6 @@ def _memory(function: Callable[[], Any]) -> tuple[int, int]:
     return peak, held
 
 
-@functools.lru_cache(maxsize=1)
-def copy_bandwidth() -> float:
-    """Bytes per second of a large copy on this machine, reads and writes counted: the roof of the share reported."""
-    source = torch.ones(COPY_BYTES // 4, device=DEVICE)
-    target = torch.empty_like(source)
-    seconds = alternate({"copy": lambda: target.copy_(source)}, 12)["copy"][2:]
-    return 2 * source.nbytes / statistics.median(seconds)
-
-
 def percentile(values: Sequence[float], share: float) -> float:
     """The value below which ``share`` of the values lie, by nearest rank."""
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
@@ -207,37 +202,3 @@ def percentile(values: Sequence[float], share: float) -> float:
 def median_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
     """The median over rounds of the two times' ratio: each pair was taken in turn."""
     return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
-
-
-def environment() -> dict[str, Any]:
-    """What a result depends on: device, driver, power limit, versions, threads."""
-    try:
-        import triton
-
-        triton_version = triton.__version__
-    except ImportError:
-        triton_version = "none"
-    facts: dict[str, Any] = {
-        "device": platform.processor() or platform.machine(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": triton_version,
-        "threads": torch.get_num_threads(),
-        "cpus": os.cpu_count(),
-        "kernels": os.environ.get("DFN_KERNELS", "auto"),
-    }
-    return facts | (_gpu_facts() if DEVICE.type == "cuda" else {})
-
-
-def _gpu_facts() -> dict[str, Any]:
-    import pynvml
-
-    pynvml.nvmlInit()
-    handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(DEVICE).uuid}")
-    return {
-        "device": torch.cuda.get_device_name(),
-        "cuda": torch.version.cuda,
-        "driver": pynvml.nvmlSystemGetDriverVersion(),
-        "power_limit_watts": pynvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1e3,
-        "sm_clock_max_mhz": pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_SM),
-    }

@@ -1,6 +1,7 @@
 """The operators at the shapes that are measured: those of DFN-R101 on a GPU, small ones on a CPU.
 
-Byte counts are the least that any implementation must move: the operators' docstrings.
+Byte counts are the least that any implementation must move: the operators' docstrings. Operations are those of the
+definition: :data:`LERP` for each resized number, and each other arithmetic operation or function of a number one.
 """
 
 import importlib
@@ -14,6 +15,7 @@ from benchmarks.measure import DEVICE, Case, tensors
 
 FEATURES = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 SCALES = (0.5, 0.75, 1, 1.5, 1.75)  # the paper's
+LERP = 8  # a bilinear sample: four products, and as many additions with that of what it is added to
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -49,6 +51,8 @@ def channel_attention(batch: int, channels: int, low: int, high: int, training: 
         *_operator("channel_attention", "channel_attention"),
         inputs,
         forward_bytes=lambda low, high, *weights: 3 * _bytes(low) + 2 * _bytes(high) + _bytes(*weights),
+        # Means, gate and the resized high; both linear layers.
+        forward_flops=lambda low, high, *weights: (3 + LERP) * low.numel() + batch * 6 * channels**2,
         # The gradient twice, low once, d_low and d_high.
         backward_bytes=lambda low, high, *weights: 4 * _bytes(low) + _bytes(high) + 2 * _bytes(*weights),
         training=training,
@@ -62,6 +66,7 @@ def upsample_add(batch: int, channels: int, low: int, high: int, training: bool)
         *_operator("upsample_add", "upsample_add"),
         lambda: [_features(batch, channels, low, low), _features(batch, channels, high, high)],
         forward_bytes=lambda low, high: 2 * _bytes(low) + _bytes(high),
+        forward_flops=lambda low, high: LERP * low.numel(),
         backward_bytes=lambda low, high: _bytes(low) + _bytes(high),
         training=training,
     )
@@ -74,6 +79,8 @@ def cross_entropy(batch: int, classes: int, small: int, full: int) -> Case:
         *_operator("cross_entropy", "upsample_cross_entropy"),
         lambda: [_features(batch, classes, small, small), _labels(classes, batch, full, full)],
         forward_bytes=_bytes,
+        # Maximum, difference, exponential, sum.
+        forward_flops=lambda logits, labels: (LERP + 4) * classes * labels.numel(),
         backward_bytes=lambda logits, labels: _bytes(logits),
         training=True,
         memory_limit=1 / 3,
@@ -87,6 +94,8 @@ def focal_loss(batch: int, small: int, full: int) -> Case:
         *_operator("focal_loss", "upsample_focal_loss"),
         lambda: [_features(batch, 1, small, small), _labels(2, batch, full, full)],
         forward_bytes=_bytes,
+        # Sign, two sigmoids, logarithm, power, alpha, weight, sum.
+        forward_flops=lambda logits, targets: (LERP + 8) * targets.numel(),
         backward_bytes=lambda logits, targets: _bytes(logits),
         training=True,
         memory_limit=1 / 3,
@@ -105,6 +114,8 @@ def multiscale_argmax(batch: int, classes: int, height: int, width: int) -> Case
         lambda *logits: ours(list(logits), (height, width), flipped=flipped),
         lambda: [_features(batch, classes, *size) for size in sizes],
         forward_bytes=lambda *logits: _bytes(*logits) + batch * height * width,
+        # As in the softmax loss, then the sum over the maps.
+        forward_flops=lambda *logits: len(logits) * (LERP + 5) * classes * batch * height * width,
     )
 
 
@@ -119,6 +130,7 @@ def resize_normalize(batch: int, source: tuple[int, int], size: tuple[int, int])
         lambda images: ours(images, size, MEAN, STD, **settings),
         lambda: [torch.randint(256, (batch, *source, 3), dtype=torch.uint8)],
         forward_bytes=lambda images: _bytes(images) + written,
+        forward_flops=lambda images: (LERP + 2) * written // FEATURES.itemsize,
     )
 
 

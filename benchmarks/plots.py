@@ -12,11 +12,17 @@ from matplotlib.ticker import LogLocator
 
 Rows = list[dict[str, Any]]
 OURS, THEIRS, ASIDE = "#1f6f8b", "#b0b7bd", "#e0a458"
+KINDS = {  # of measurements in the roofline: words, colour, marker
+    "test_operators": ("operators", ASIDE, "o"),
+    "test_convolutions": ("convolutions of the library", THEIRS, "s"),
+    "test_training_step": ("training steps", "#a23b72", "^"),
+    "test_inference": ("inference", OURS, "D"),
+}
 SETTINGS = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 120}
 
 
-def draw(suites: dict[str, Rows], folder: Path) -> list[Path]:
-    """Writes the pictures that the suites allow into ``folder``; returns their files."""
+def draw(suites: dict[str, Rows], folder: Path, machine: dict[str, Any]) -> list[Path]:
+    """Writes the pictures that the suites allow into ``folder``; returns their files. ``machine`` has the roofs."""
     written = []
     with plt.rc_context(SETTINGS):
         waterfalls = [rows for name in ("waterfall_training", "waterfall_inference") if (rows := suites.get(name))]
@@ -31,6 +37,11 @@ def draw(suites: dict[str, Rows], folder: Path) -> list[Path]:
             figure, axis = plt.subplots(figsize=(5.6, 3.2))
             against_size(axis, scaling)
             written.append(_save(figure, folder / "scaling.png"))
+        measured = {name: rows for name in KINDS if (rows := [r for r in suites.get(name, []) if "flops" in r])}
+        if measured and "copy_gb_per_s" in machine:
+            figure, axis = plt.subplots(figsize=(7.2, 4.2))
+            below_the_roof(axis, measured, machine)
+            written.append(_save(figure, folder / "roofline.png"))
     return written
 
 
@@ -54,8 +65,8 @@ def against_size(axis: Axes, scaling: dict[str, Rows]) -> None:
     sides: list[int] = []
     for (kind, rows), colour in zip(scaling.items(), (OURS, ASIDE), strict=False):
         rows = [row for row in rows if row["group"].endswith(", side")]
-        sides = [int(row["implementation"]) for row in rows if "ms" in row]
-        points = [(side**2, row["ms"]) for side, row in zip(sides, rows, strict=False)]
+        sides = [int(row["implementation"]) for row in rows if "median_ms" in row]
+        points = [(side**2, row["median_ms"]) for side, row in zip(sides, rows, strict=False)]
         slope = next(row["time_exponent"] for row in rows if "time_exponent" in row)
         axis.loglog(*zip(*points, strict=True), "o-", color=colour, label=f"{kind}: pixels to the power of {slope:.2f}")
     axis.set_xticks([side**2 for side in sides], [f"{side} x {side}" for side in sides])
@@ -65,6 +76,31 @@ def against_size(axis: Axes, scaling: dict[str, Rows]) -> None:
     axis.set_xlabel("pixels of an image")
     axis.set_ylabel("ms of a batch")
     axis.legend(frameon=False)
+    axis.grid(alpha=0.3)
+
+
+def below_the_roof(axis: Axes, measured: dict[str, Rows], machine: dict[str, Any]) -> None:
+    """Each row of ours (and of the library's convolutions) at its operations a byte, below what the machine can do:
+    the copy's bandwidth on the left, the matrix products on the right."""
+    products = {name: value for name, value in machine.items() if name.startswith("product_")}
+    points = [(row["flops"] / row["bytes_moved"], row["tflop_per_s"]) for rows in measured.values() for row in rows]
+    left, right = (limit(x for x, _ in points) for limit in (min, max))
+    for (name, roof), style in zip(products.items(), ("-", "--", ":"), strict=False):
+        edge = roof / machine["copy_gb_per_s"] * 1e3
+        line = [left / 2, edge, max(right * 2, 2 * edge)]
+        axis.loglog(line, [line[0] * machine["copy_gb_per_s"] / 1e3, roof, roof], style, color="#555", lw=1)
+        axis.annotate(
+            f"{name.split('_')[1]} product, {roof:.3g} TFLOP/s", (line[-1], roof), ha="right", va="bottom", fontsize=8
+        )
+    for name, rows in measured.items():
+        words, colour, marker = KINDS[name]
+        rows = [row for row in rows if row["implementation"] == "ours" or "layer" in row]
+        x, y = ([row[k] for row in rows] for k in ("flops", "tflop_per_s"))
+        x = [flops / row["bytes_moved"] for flops, row in zip(x, rows, strict=True)]
+        axis.loglog(x, y, marker, color=colour, label=words, ms=5, alpha=0.75, mew=0)
+    axis.set_xlabel("operations a byte")
+    axis.set_ylabel("TFLOP/s")
+    axis.legend(frameon=False, loc="lower right")
     axis.grid(alpha=0.3)
 
 

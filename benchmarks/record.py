@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from benchmarks import measure
+from benchmarks.machine import ceilings, environment
 from dfn_fast import cli
 from dfn_fast.atomic import write_text
 from dfn_fast.errors import ConfigError
@@ -19,6 +19,7 @@ RESULTS = Path(__file__).with_name("results")
 FACTS = (
     *("device", "python", "torch", "triton", "threads", "cpus", "kernels"),
     *("cuda", "driver", "power_limit_watts", "sm_clock_max_mhz"),
+    *("copy_gb_per_s", "product_float32_tflop_per_s", "product_bfloat16_tflop_per_s", "product_float16_tflop_per_s"),
 )
 TIMES = ("median", "min", "rounds")  # of pytest-benchmark, seconds; everything else is in extra_info
 
@@ -31,7 +32,7 @@ def suite_of(benchmark: dict[str, Any]) -> str:
 def compact(content: dict[str, Any]) -> tuple[dict[str, Any], str, dict[str, list[dict[str, Any]]]]:
     """The machine's facts, the date, and the rows of each suite, from a file of pytest-benchmark."""
     facts = content["machine_info"]
-    machine = {name: facts[name] for name in FACTS if name in facts}
+    machine = {name: rounded(facts[name]) for name in FACTS if name in facts}
     if "driver" not in machine:
         machine["device"] = facts["cpu"]["brand_raw"]
     suites: dict[str, list[dict[str, Any]]] = {}
@@ -47,10 +48,10 @@ def machine_facts() -> dict[str, Any]:
     """The facts of this machine, for figures that pytest-benchmark did not take."""
     import cpuinfo  # comes with pytest-benchmark
 
-    facts = measure.environment()
+    facts = environment() | ceilings()
     if "driver" not in facts:
         facts["device"] = cpuinfo.get_cpu_info()["brand_raw"]
-    return {name: facts[name] for name in FACTS if name in facts}
+    return {name: rounded(facts[name]) for name in FACTS if name in facts}
 
 
 def implementation_of(benchmark: dict[str, Any]) -> str:
@@ -84,6 +85,7 @@ def merge(machine: dict[str, Any], date: str, suites: dict[str, list[dict[str, A
     """Puts suites into the result file of a machine and date, in place of their former rows; returns the file."""
     path = results / machine_name(machine) / f"{date}.json"
     content = json.loads(path.read_text()) if path.exists() else {"date": date, "machine": machine, "suites": {}}
+    content["machine"] |= machine
     content["suites"] |= suites
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(content, indent=1) + "\n")

@@ -1,7 +1,8 @@
 """``python -m benchmarks.report``: the tables of the README, made from the files under ``benchmarks/results/``.
 
 Writes them between two markers of the README; ``--check`` says instead whether they are there, as a test does. Of each
-machine the newest row of each benchmark counts, and every table names its file.
+machine the newest row of each benchmark counts, and every table names its file. A figure that a file does not have is a
+dash.
 """
 
 import json
@@ -53,47 +54,72 @@ def table(header: list[str], rows: list[list[str]]) -> list[str]:
     ]
 
 
-def times(row: Row, name: str) -> str:
-    """A speed-up, or a dash where there was nothing to compare with."""
-    return f"{row[name]:.2f} x" if name in row else "-"
+def figure(row: Row | None, name: str, form: str) -> str:
+    """A figure of a row in a format such as ``"{:.2f}"``."""
+    return form.format(row[name]) if row and row.get(name) is not None else "-"
 
 
-def share(row: Row, name: str, other: str) -> str:
-    return f"{row[name] / row[other]:.2f} x" if name in row and row.get(other) else "-"
+def share(row: Row, other: Row | None, name: str) -> str:
+    """A figure as a share of another row's."""
+    return f"{row[name] / other[name]:.2f} x" if other and name in row and other.get(name) else "-"
+
+
+def milliseconds(row: Row) -> str:
+    """The median, and the range from the 20th to the 80th percentile."""
+    form = "{:.0f}" if row["median_ms"] >= 100 else "{:.3g}"
+    spread = f" ({form.format(row['p20_ms'])}-{form.format(row['p80_ms'])})" if "p20_ms" in row else ""
+    return form.format(row["median_ms"]) + spread
+
+
+OTHERS = {"float32": "float32", "channels_last": "eager", "compiled": "compile"}  # column: implementation
+POWER = {"J/image": ("joules_per_image", "{:.3g}"), "W": ("watts", "{:.0f}"), "MHz": ("sm_clock_mhz", "{:.0f}")}
+
+
+def with_power(header: list[str], lines: list[list[str]], rows: list[Row]) -> list[str]:
+    """The table, with columns for energy, power and clock where a row has them."""
+    if any("watts" in row for row in rows):
+        header = [*header, *POWER]
+        lines = [line + [figure(row, *how) for how in POWER.values()] for line, row in zip(lines, rows, strict=True)]
+    return table(header, lines)
 
 
 def speed_table(title: str, rows: list[Row], shares: dict[str, tuple[str, str]]) -> list[str]:
-    """A line for each ``ours``: its time, how much faster it is than each other, and memory as ``shares`` of theirs."""
-    others = {"float32": "float32", "channels_last": "eager", "compiled": "compile"}
+    """A line for each ``ours``: its time, how much faster it is than each other, its shares of what the machine can do,
+    and memory (``column: (figure, implementation)``) as a share of theirs."""
+    found = [group for group in by_group(rows).values() if "ours" in group]
     lines = []
-    for group, found in by_group(rows).items():
-        ours = found.get("ours")
-        if ours is not None:
-            figures = [f"{ours['ours_ms']:.0f}", f"{ours['images_per_s']:.2f}"]
-            figures += [times(ours, f"speed_up_over_{name}") for name in others.values()]
-            lines.append([group, *figures, *(share(ours, *names) for names in shares.values())])
-    return table([title, "ms", "images/s", *others, *shares], lines)
+    for group in found:
+        ours = group["ours"]
+        line = [ours["group"], milliseconds(ours), figure(ours, "images_per_s", "{:.2f}")]
+        line += [figure(ours, f"speed_up_over_{name}", "{:.2f} x") for name in OTHERS.values()]
+        line += [figure(ours, "tflop_per_s", "{:.3g}"), figure(ours, "share_of_floor", "{:.0%}")]
+        lines.append(line + [share(ours, group.get(other), name) for name, other in shares.values()])
+    header = [title, "ms", "images/s", *OTHERS, "TFLOP/s", "of the floor", *shares]
+    return with_power(header, lines, [group["ours"] for group in found])
 
 
 def training_table(rows: list[Row]) -> list[str]:
-    shares = {"peak memory": ("ours_memory", "eager_memory"), "activations": ("ours_held", "eager_held")}
+    shares = {
+        "peak memory": ("peak_memory_bytes", "eager"),
+        "held for backward": ("held_after_forward_bytes", "eager"),
+    }
     return speed_table("training step", rows, shares)
 
 
 def inference_table(rows: list[Row]) -> list[str]:
-    return speed_table("inference", rows, {"peak memory": ("peak_memory_bytes", "float32_memory")})
+    return speed_table("inference", rows, {"peak memory": ("peak_memory_bytes", "float32")})
 
 
 def operator_table(rows: list[Row]) -> list[str]:
-    """Those that are slower than ``torch.compile`` of their definition come first."""
+    """Those that are slower than ``torch.compile`` of their definition come first, and are marked."""
     ours = [found["ours"] for found in by_group(rows).values() if "ours" in found]
     lines = []
     for row in sorted(ours, key=lambda row: -row.get("ratio_to_compile", 0)):
         ratios = [f"{1 / row[name]:.2f} x" if name in row else "-" for name in ("ratio_to_eager", "ratio_to_compile")]
-        lines.append(
-            [row["group"], f"{row['median_ms']:.2f}", *ratios, f"{row['gb_per_s']:.1f}", f"{row['share_of_copy']:.0%}"]
-        )
-    return table(["operator", "ms", "eager", "compiled", "GB/s", "of a copy"], lines)
+        name = f"**slower than compiled:** {row['group']}" if row.get("ratio_to_compile", 0) > 1 else row["group"]
+        shares = [figure(row, "gb_per_s", "{:.1f}"), figure(row, "share_of_copy", "{:.0%}")]
+        lines.append([name, milliseconds(row), *ratios, *shares, figure(row, "tflop_per_s", "{:.2g}")])
+    return table(["operator", "ms", "eager", "compiled", "GB/s", "of a copy", "TFLOP/s"], lines)
 
 
 def waterfall_table(rows: list[Row]) -> list[str]:
@@ -101,15 +127,16 @@ def waterfall_table(rows: list[Row]) -> list[str]:
     lines = [
         [
             row["implementation"],
-            f"{row['ms']:.0f}",
-            f"{row['images_per_s']:.2f}",
-            f"{row['speed_up']:.2f} x",
+            milliseconds(row),
+            figure(row, "images_per_s", "{:.2f}"),
+            figure(row, "speed_up", "{:.2f} x"),
             f"{row['peak_memory_bytes'] / 1e6:.0f}",
-            f"{row['difference']:.0e}",
+            figure(row, "difference", "{:.0e}"),
         ]
         for row in rows
     ]
-    return table([rows[0]["group"], "ms", "images/s", "speed-up", "peak MB", "difference"], lines)
+    header = [rows[0]["group"], "ms", "images/s", "speed-up", "peak MB", "difference"]
+    return with_power(header, lines, rows)
 
 
 def scaling_table(rows: list[Row]) -> list[str]:
@@ -122,8 +149,56 @@ def scaling_table(rows: list[Row]) -> list[str]:
     return table(["grows with", "time to the power of", "memory to the power of"], lines)
 
 
+DIRECTIONS = ("forward", "input gradient", "weight gradient")
+
+
+def convolution_table(rows: list[Row]) -> list[str]:
+    """A layer a line: its share of the measured matrix product in each direction, and how much faster ours is; then
+    what was compared beside the layers."""
+    layers: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        if "layer" in row:
+            layers.setdefault(row["layer"], {})[row["direction"]] = row
+
+    def cell(row: Row | None) -> str:
+        return figure(row, "share_of_product", "{:.0%}") + figure(row, "ours_speed_up", ", ours {:.2f} x").lstrip("-")
+
+    lines = [
+        [name, figure(found.get("forward"), "tflop_per_s", "{:.3g}"), *(cell(found.get(d)) for d in DIRECTIONS)]
+        for name, found in layers.items()
+    ]
+    others = [
+        [
+            row["group"],
+            milliseconds(row),
+            figure(row, "tflop_per_s", "{:.3g}"),
+            figure(row, "speed_up", "{:.2f} x"),
+        ]
+        for row in rows
+        if "layer" not in row
+    ]
+    return [
+        *table(["convolution, of a matrix product", "TFLOP/s forward", *DIRECTIONS], lines),
+        "",
+        *table(["beside them", "ms", "TFLOP/s", "as fast as apart"], others),
+    ]
+
+
+def startup_table(rows: list[Row]) -> list[str]:
+    return table(["before the first result", "s"], [[row["what"], figure(row, "seconds", "{:.2f}")] for row in rows])
+
+
+def data_table(rows: list[Row]) -> list[str]:
+    lines = [
+        [row["group"], f"{1e3 * row['median_s']:.2f}", figure(row, "images_per_s", "{:.1f}")]
+        for row in sorted(rows, key=lambda row: "images_per_s" not in row)
+    ]
+    return table(["input", "ms", "images/s a worker"], lines)
+
+
 PICTURES = {
     "waterfall.png": "Bars: how many times faster than eager float32 each technique makes training and inference",
+    "roofline.png": "Points: operations a second over operations a byte, below the roofs that were measured",
     "scaling.png": "Lines: milliseconds of a batch over the pixels of an image",
 }
 TABLES = {
@@ -132,9 +207,15 @@ TABLES = {
     "test_training_step": training_table,
     "test_inference": inference_table,
     "test_operators": operator_table,
+    "test_convolutions": convolution_table,
+    "test_data": data_table,
+    "test_startup": startup_table,
     "scaling_inference": scaling_table,
     "scaling_training": scaling_table,
 }
+
+
+LONG = ("test_convolutions",)  # folded
 
 
 def section(folder: Path) -> list[str]:
@@ -144,20 +225,43 @@ def section(folder: Path) -> list[str]:
     if not kept:
         return []
     lines = [f"### {machine['device']}, torch {machine['torch']}, {machine['threads']} threads", ""]
+    if "copy_gb_per_s" in machine:
+        lines += [roofs(machine), ""]
     for picture, words in PICTURES.items():
         if (folder / picture).is_file():
             lines += [f"![{words}](benchmarks/results/{folder.name}/{picture})", ""]
     for name in kept:
-        lines += [*TABLES[name](suites[name]["rows"]), ""]
-        lines += [f"`{name}`, from `benchmarks/results/{folder.name}/{suites[name]['date']}.json`", ""]
+        source = f"`{name}`, from `benchmarks/results/{folder.name}/{suites[name]['date']}.json`"
+        body = [*TABLES[name](suites[name]["rows"]), "", source, ""]
+        lines += folded(f"{name}: {len(suites[name]['rows'])} rows", body) if name in LONG else body
     return lines
 
 
+def roofs(machine: Row) -> str:
+    """The ceilings of the shares, in words."""
+    products = [
+        f"{machine[f'product_{dtype}_tflop_per_s']:.3g} TFLOP/s {dtype}"
+        for dtype in ("float32", "bfloat16", "float16")
+        if f"product_{dtype}_tflop_per_s" in machine
+    ]
+    return f"Measured here: a copy moves {machine['copy_gb_per_s']:.3g} GB/s, a matrix product {', '.join(products)}."
+
+
+def folded(title: str, lines: list[str]) -> list[str]:
+    """Markdown that opens at a click."""
+    return [f"<details><summary>{title}</summary>", "", *lines, "</details>", ""]
+
+
 def text(results: Path = RESULTS) -> str:
-    """What stands between the markers. Columns named after an implementation say how much faster ours is."""
+    """What stands between the markers: the first machine's tables, and those of others folded. GPUs come first.
+
+    Columns named after an implementation say how much faster ours is.
+    """
+    folders = sorted(machines(results), key=lambda folder: "driver" not in newest(folder)[0])
     lines: list[str] = []
-    for folder in machines(results):
-        lines += section(folder)
+    for folder in folders:
+        found = section(folder)
+        lines += folded(found[0].lstrip("# "), found[2:]) if lines and found else found
     return "\n".join([BEGIN, "", *lines, END])
 
 
@@ -182,8 +286,8 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.check:
         return int(old != with_results(old, text()))
     for folder in machines():
-        suites = {name: found["rows"] for name, found in newest(folder)[1].items()}
-        plots.draw(suites, folder)
+        machine, suites = newest(folder)
+        plots.draw({name: found["rows"] for name, found in suites.items()}, folder, machine)
     write_text(README, with_results(old, text()))
     return 0
 

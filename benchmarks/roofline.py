@@ -155,6 +155,10 @@ def total_flops(network: Network, training: bool = False) -> int:
     return sum(layer.flops * passes(layer, training) for layer in network.layers())
 
 
+def total_bytes(network: Network, element_size: int, training: bool = False) -> int:
+    return sum(layer.bytes(element_size) * passes(layer, training) for layer in network.layers())
+
+
 def floor(network: Network, machine: Machine, training: bool = False, element_size: int = 2) -> float:
     """Seconds, each layer at the larger of its two limits."""
     return sum(

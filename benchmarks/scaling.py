@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import measure, record
+from benchmarks import figures, measure, record
 from benchmarks.measure import DEVICE
 from dfn_fast import FastDFN, Predictor, cli
 from dfn_fast.config import TrainConfig
@@ -58,7 +58,7 @@ def rows(kind: str, make: Callable[..., Callable[[], Any]]) -> Iterator[dict[str
             row = {
                 "group": f"{kind}, {quantity}",
                 "implementation": str(value),
-                "ms": record.rounded(measure.percentile(seconds, 0.5) * 1e3),
+                **{name: record.rounded(value) for name, value in figures.spread(seconds).items()},
                 "peak_memory_bytes": measure.peak_memory(functools.partial(call)),
             }
             found.append(row)
@@ -68,7 +68,7 @@ def rows(kind: str, make: Callable[..., Callable[[], Any]]) -> Iterator[dict[str
             "group": f"{kind}, {quantity}",
             "implementation": "exponent",
             "of": "pixels" if quantity == "side" else quantity,
-            "time_exponent": record.rounded(exponent(sizes, [row["ms"] for row in found])),
+            "time_exponent": record.rounded(exponent(sizes, [row["median_ms"] for row in found])),
             "memory_exponent": record.rounded(exponent(sizes, [row["peak_memory_bytes"] for row in found])),
         }
 

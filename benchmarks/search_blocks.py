@@ -168,7 +168,7 @@ def main() -> int:
         os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
     from dfn_kernels import tuning
 
-    from benchmarks import measure, operator_cases
+    from benchmarks import machine, measure, operator_cases
 
     if measure.DEVICE.type != "cuda" and not options.dry_run:
         parser.error("the search needs a GPU; --dry-run shows that it works")
@@ -189,7 +189,7 @@ def main() -> int:
         trials = [measure.Trial(*user) for user in used_by[: 1 if options.dry_run else None]]
         best = search(path, trials, 1, 1, 3) if options.dry_run else search(path, trials, 8, options.rounds)
         results[path[0]] = replaced(results[path[0]], path[1:], best)
-    facts = measure.environment()
+    facts = machine.environment()
     print(f"\n# {facts['device']}, torch {facts['torch']}, triton {facts['triton']}, {datetime.date.today()}")
     if options.dry_run:
         print("# A dry run: these times mean nothing, do not put the tables anywhere.")

@@ -18,7 +18,9 @@ from dfn_kernels import conv3x3
 from dfn_kernels.fused_conv import Packed, fused_conv
 from torch import Tensor
 
-from benchmarks import measure
+from benchmarks import figures, measure
+from benchmarks.figures import Work
+from benchmarks.machine import name_of
 from benchmarks.measure import DEVICE
 from benchmarks.roofline import Layer, Network, total_flops
 
@@ -44,18 +46,9 @@ def layers() -> list[Layer]:
     return [by_shape[shape] for shape in sorted(work, key=lambda s: -work[s]) if work[shape] > least]
 
 
-def name_of(layer: Layer) -> str:
+def title_of(layer: Layer) -> str:
     side = round(layer.pixels_out**0.5)
     return f"{layer.inputs}-{layer.outputs} {layer.kernel}x{layer.kernel} {side}x{side}"
-
-
-@functools.lru_cache(maxsize=4)
-def matrix_product(dtype: torch.dtype) -> float:
-    """Operations a second of a large product in ``dtype``: the roof of the share reported."""
-    side = 2048 if CPU else 8192
-    a, b = (torch.randn(side, side, device=DEVICE).to(dtype) for _ in range(2))
-    seconds = measure.alternate({"mm": lambda: a @ b}, 8)["mm"][2:]
-    return 2 * side**3 / measure.percentile(seconds, 0.5)
 
 
 def tensors(
@@ -68,11 +61,11 @@ def tensors(
     return x, weight.to(dtype, memory_format=torch.channels_last)
 
 
-def timed(calls: dict[str, Callable[[], Any]], benchmark: Any, ours: str) -> dict[str, float]:
-    """Median seconds of the calls, in turns; pytest-benchmark times the one named ``ours``."""
-    seconds = measure.alternate(calls, measure.rounds_for(calls[ours], budget=0.5, least=5, most=50))
-    benchmark.pedantic(lambda: (calls[ours](), measure.synchronize()), rounds=3, iterations=1)
-    return {name: measure.percentile(values, 0.5) for name, values in seconds.items()}
+def timed(calls: dict[str, Callable[[], Any]], benchmark: Any, main: str) -> dict[str, list[float]]:
+    """Seconds of the calls, in turns; pytest-benchmark times the one named ``main``."""
+    seconds = measure.alternate(calls, measure.rounds_for(calls[main], budget=0.5, least=5, most=50))
+    benchmark.pedantic(lambda: (calls[main](), measure.synchronize()), rounds=3, iterations=1)
+    return seconds
 
 
 def cases() -> Iterator[Any]:
@@ -80,7 +73,7 @@ def cases() -> Iterator[Any]:
         for batch in BATCHES:
             for layer in layers():
                 for direction in DIRECTIONS:
-                    name = f"{name_of(layer)} batch {batch} {str(dtype).removeprefix('torch.')} {direction}"
+                    name = f"{title_of(layer)} batch {batch} {name_of(dtype)} {direction}"
                     yield pytest.param(layer, batch, dtype, direction, name, id=name.replace(" ", "-"))
 
 
@@ -102,32 +95,38 @@ def test_convolution(layer, batch, dtype, direction, name, benchmark, notes):
             a, b = x.clone().requires_grad_(wanted[0]), weight.clone().requires_grad_(wanted[1])
             out = conv3x3(a, b)
             calls["ours"] = lambda: torch.autograd.grad(out, a if wanted[0] else b, d_out, retain_graph=True)
-    median = timed(calls, benchmark, "library")
-    flops, roof = layer.flops * batch, matrix_product(dtype)
+    seconds = timed(calls, benchmark, "library")
+    work = Work(layer.bytes(dtype.itemsize) * batch, layer.flops * batch, dtype)
     benchmark.group = name
-    figures = {f"{key}_tflop_per_s": flops / value / 1e12 for key, value in median.items()}
-    shares = {f"{key}_share_of_product": flops / value / roof for key, value in median.items()}
-    benchmark.extra_info.update(figures | shares)
-    text = ", ".join(
-        f"{key} {flops / value / 1e9:.0f} GFLOP/s ({flops / value / roof:.0%})" for key, value in median.items()
-    )
-    notes.append(f"{name}: {text}")
+    info = {"layer": f"{title_of(layer)} batch {batch} {name_of(dtype)}", "direction": direction}
+    benchmark.extra_info.update(info | figures.figures(seconds["library"], work))
+    note = f"{name}: {1e3 * benchmark.extra_info['tflop_per_s']:.0f} GFLOP/s"
+    note += f", {benchmark.extra_info['share_of_product']:.0%} of a matrix product"
+    if "ours" in seconds:
+        speed_up = 1 / measure.median_ratio(seconds["ours"], seconds["library"])
+        benchmark.extra_info.update(
+            {"ours_ms": figures.spread(seconds["ours"])["median_ms"], "ours_speed_up": speed_up}
+        )
+        note += f"; ours {speed_up:.2f} x"
+    notes.append(note)
 
 
 @pytest.mark.parametrize("channels", CHANNELS, ids=lambda c: f"{c[0]}-{c[1]}")
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_channel_counts(channels, dtype, benchmark, notes):
     """189 against 192, 21 against 24 and 32, 9 against 16: 3x3, at stride 4."""
     x, weight = tensors(channels, 3, SIDE // 4, BATCHES[-1], dtype)
-    median = timed({"library": lambda: F.conv2d(x, weight, padding=1)}, benchmark, "library")["library"]
-    flops = 2 * 9 * channels[0] * channels[1] * x.shape[0] * x.shape[2] * x.shape[3]
-    benchmark.group = f"channels {channels[0]}-{channels[1]} {str(dtype).removeprefix('torch.')}"
-    benchmark.extra_info.update({"ms": median * 1e3, "tflop_per_s": flops / median / 1e12})
-    notes.append(f"{benchmark.group}: {median * 1e3:.3f} ms, {flops / median / 1e9:.0f} GFLOP/s")
+    seconds = timed({"library": lambda: F.conv2d(x, weight, padding=1)}, benchmark, "library")["library"]
+    pixels = x.shape[0] * x.shape[2] * x.shape[3]
+    moved = x.nbytes + weight.nbytes + pixels * channels[1] * dtype.itemsize
+    found = figures.figures(seconds, Work(moved, 2 * 9 * channels[0] * channels[1] * pixels, dtype))
+    benchmark.group = f"channels {channels[0]}-{channels[1]} {name_of(dtype)}"
+    benchmark.extra_info.update(found)
+    notes.append(f"{benchmark.group}: {found['median_ms']:.3f} ms, {1e3 * found['tflop_per_s']:.0f} GFLOP/s")
 
 
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_bias_and_relu(residual, dtype, benchmark, notes):
     """Convolution and pointwise steps as separate calls, and as one of the library's; with memory full of nan."""
     x, weight = tensors((256, 256), 3, SIDE // 16, BATCHES[-1], dtype)
@@ -143,13 +142,14 @@ def test_bias_and_relu(residual, dtype, benchmark, notes):
     junk = [torch.full_like(x, float("nan")) for _ in range(4)]
     del junk
     torch.testing.assert_close(calls["ours"](), calls["separate"](), rtol=0.05, atol=0.05)
-    median = timed(calls, benchmark, "ours")
-    benchmark.group = f"bias, ReLU{', residual' if residual else ''} {str(dtype).removeprefix('torch.')}"
-    benchmark.extra_info.update({f"{name}_ms": value * 1e3 for name, value in median.items()})
-    notes.append(f"{benchmark.group}: one call is {median['separate'] / median['ours']:.2f} x as fast")
+    seconds = timed(calls, benchmark, "ours")
+    speed_up = 1 / measure.median_ratio(seconds["ours"], seconds["separate"])
+    benchmark.group = f"bias, ReLU{', residual' if residual else ''} in one call, {name_of(dtype)}"
+    benchmark.extra_info.update(figures.spread(seconds["ours"]) | {"speed_up": speed_up})
+    notes.append(f"{benchmark.group}: {speed_up:.2f} x as fast as separate calls")
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_batch_norm_and_relu(dtype, benchmark, notes):
     """Training's batch norm and ReLU, forward and backward: eager, and compiled. cuDNN's own serves float16 alone."""
     x = torch.randn(BATCHES[-1] + 1, 256, SIDE // 4, SIDE // 4, device=DEVICE)
@@ -165,8 +165,10 @@ def test_batch_norm_and_relu(dtype, benchmark, notes):
 
     compiled = torch.compile(forward)
     calls = {"eager": lambda: step(forward), "compiled": lambda: step(compiled)}
-    median = timed(calls, benchmark, "eager")
-    benchmark.group = f"batch norm and ReLU {str(dtype).removeprefix('torch.')}"
+    seconds = timed(calls, benchmark, "compiled")
+    speed_up = 1 / measure.median_ratio(seconds["compiled"], seconds["eager"])
+    benchmark.group = f"batch norm and ReLU compiled, {name_of(dtype)}"
     moved = 5 * x.nbytes  # x twice and out; its gradient and x for the gradient of x, at the least
-    benchmark.extra_info.update({f"{name}_gb_per_s": moved / value / 1e9 for name, value in median.items()})
-    notes.append(f"{benchmark.group}: compiled is {median['eager'] / median['compiled']:.2f} x as fast")
+    found = figures.figures(seconds["compiled"], Work(moved, 8 * x.numel(), torch.float32))
+    benchmark.extra_info.update(found | {"speed_up": speed_up})
+    notes.append(f"{benchmark.group}: {speed_up:.2f} x as fast as eager, {found['gb_per_s']:.1f} GB/s")

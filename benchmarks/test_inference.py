@@ -3,12 +3,15 @@
 ``pytest benchmarks/test_inference.py --benchmark-only [-k scales] [--benchmark-json FILE]``. ``float32`` is
 ``ReferenceDFN`` in eager float32, the 1 of all ratios; ``eager`` the same in channels_last and the precision of the
 row; ``compile`` that compiled (``max-autotune`` on a GPU, frozen weights on a CPU); ``ours`` the ``Predictor``. With
-several scales ``eager`` is the direct loop: ``cv2.resize``, the network and a resize for each scale and mirror image.
-On a GPU DFN-R101 at 512 x 512 with batch 1 and 16 and at 1024 x 2048; on a CPU at 256 x 256, batch 1.
+several scales theirs is the direct loop: ``cv2.resize``, the network and a resize for each scale and mirror image; with
+windows likewise, one batch of windows after the other, scores added at the image's size.
+On a GPU DFN-R101 at 512 x 512 with batch 1 and 16, at 1024 x 2048 and at 4096 x 4096 in windows; on a CPU at 256 x 256,
+batch 1, several scales at 128 x 160, and DFN-R18 in windows.
 """
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,14 +23,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import measure
+from benchmarks.figures import Turns, Work
+from benchmarks.machine import name_of
 from benchmarks.measure import DEVICE
+from benchmarks.roofline import Network
 from dfn_fast import Predictor, ReferenceDFN
 from dfn_fast.data.transforms import normalize
+from dfn_fast.windows import window_starts
 
 pytestmark = [pytest.mark.timeout(1800), pytest.mark.inference]
 IMPLEMENTATIONS = ("float32", "eager", "compile", "ours")
 SCALES = (0.5, 0.75, 1.0, 1.5, 1.75)
 NUM_CLASSES = 21
+OVERLAP = 1 / 3  # of neighbouring windows
+WINDOWS_AT_ONCE = 1 if DEVICE.type == "cpu" else 8
 SHORTFALL = 2e-2  # of the range of the log-probabilities: what a label may be worse than the best one
 
 
@@ -48,6 +57,29 @@ class Shape:
         how += f" window {self.window}" if self.window else ""
         return f"DFN-R{self.backbone[6:]} {self.batch}x{self.height}x{self.width}{how}"
 
+    @property
+    def mirrored(self) -> tuple[bool, ...]:
+        """Whether each pass over a scale sees the mirror image."""
+        return (False, True) if len(self.scales) > 1 else (False,)
+
+    def windows(self) -> list[tuple[slice, slice]]:
+        """Rows and columns of each window; of the whole image where there are none."""
+        sides = [
+            [slice(start, start + (self.window or n)) for start in window_starts(n, self.window or n, OVERLAP)]
+            for n in (self.height, self.width)
+        ]
+        return list(itertools.product(*sides))
+
+    def networks(self, **how: bool) -> list[Network]:
+        """What one call runs."""
+        settings: dict[str, Any] = {"backbone": self.backbone, "num_classes": NUM_CLASSES, **how}
+        if self.window:
+            batch = self.batch * len(self.windows())
+            return [Network(batch=batch, height=self.window, width=self.window, **settings)]
+        sizes = [(round(scale * self.height), round(scale * self.width)) for scale in self.scales]
+        batch = self.batch * len(self.mirrored)
+        return [Network(batch=batch, height=height, width=width, **settings) for height, width in sizes]
+
 
 def shapes() -> Iterator[Shape]:
     if DEVICE.type == "cuda":
@@ -58,7 +90,7 @@ def shapes() -> Iterator[Shape]:
             Shape(1, 512, 512, backbone="resnet18"),
         )
         return
-    yield from (Shape(1, 256, 256), Shape(1, 360, 480, SCALES), Shape(1, 512, 512, window=256, backbone="resnet18"))
+    yield from (Shape(1, 256, 256), Shape(1, 128, 160, SCALES), Shape(1, 256, 256, window=128, backbone="resnet18"))
 
 
 @functools.lru_cache(maxsize=1)
@@ -80,11 +112,12 @@ class InferenceTrial:
 
     def __init__(self, shape: Shape, dtype: torch.dtype):
         self.shape, self.dtype = shape, dtype
-        self.name = f"{shape.name} {str(dtype).removeprefix('torch.')}"
+        self.name = f"{shape.name} {name_of(dtype)}"
         rng = np.random.default_rng(0)
         coarse = rng.integers(0, 256, (shape.batch, shape.height // 8, shape.width // 8, 3), np.uint8)
         self.images = [cv2.resize(image, (shape.width, shape.height)) for image in coarse]
         self.functions: dict[str, Callable[[], np.ndarray]] = {}
+        self.turns = Turns()
         self.expected: Tensor | None = None
 
     def function(self, implementation: str) -> Callable[[], np.ndarray]:
@@ -96,7 +129,8 @@ class InferenceTrial:
     def _ours(self, implementation: str) -> Callable[[], np.ndarray]:
         amp = {torch.float32: "off", torch.bfloat16: "bf16"}[self.dtype]
         shape = self.shape
-        settings: dict[str, Any] = {"scales": shape.scales, "flip": len(shape.scales) > 1, "window": shape.window}
+        settings: dict[str, Any] = {"scales": shape.scales, "flip": len(shape.mirrored) > 1}
+        settings |= {"window": shape.window, "overlap": OVERLAP} if shape.window else {}
         predictor = Predictor(network(shape.backbone), amp=amp, batch=None if shape.window else shape.batch, **settings)
         return lambda: np.stack(predictor(self.images))
 
@@ -117,20 +151,42 @@ class InferenceTrial:
             x = torch.from_numpy(np.stack(images)).to(DEVICE).permute(0, 3, 1, 2)
             return model(normalize(x).to(dtype, memory_format=layout)).float().exp()
 
-        def labels() -> np.ndarray:
-            total = torch.zeros((), device=DEVICE)
-            for scale in self.shape.scales:
-                size = round(scale * self.shape.width), round(scale * self.shape.height)
+        def of_scales() -> Tensor:
+            shape, total = self.shape, torch.zeros((), device=DEVICE)
+            for scale in shape.scales:
+                size = round(scale * shape.width), round(scale * shape.height)
                 scaled = self.images if scale == 1 else [cv2.resize(image, size) for image in self.images]
-                for mirrored in (False, True)[: 2 if len(self.shape.scales) > 1 else 1]:
+                for mirrored in shape.mirrored:
                     p = probabilities([np.ascontiguousarray(x[:, ::-1]) for x in scaled] if mirrored else scaled)
                     p = p.flip(3) if mirrored else p
-                    full = (self.shape.height, self.shape.width)
+                    full = (shape.height, shape.width)
                     total = total + (p if scale == 1 else F.interpolate(p, full, mode="bilinear", align_corners=True))
-            self.probabilities = total
-            return total.argmax(1).to(torch.uint8).cpu().numpy()
+            return total
+
+        def of_windows() -> Tensor:
+            shape, windows = self.shape, self.shape.windows()
+            total = torch.zeros(shape.batch, NUM_CLASSES, shape.height, shape.width, device=DEVICE)
+            count = torch.zeros(shape.height, shape.width, device=DEVICE)
+            for first in range(0, len(windows), WINDOWS_AT_ONCE):
+                here = windows[first : first + WINDOWS_AT_ONCE]
+                p = probabilities([image[place] for place in here for image in self.images]).log_()
+                for place, scores in zip(here, p.split(shape.batch), strict=True):
+                    total[:, :, place[0], place[1]] += scores
+                    count[place] += 1
+            return total.div_(count).softmax(1)
+
+        def labels() -> np.ndarray:
+            self.probabilities = of_windows() if self.shape.window else of_scales()
+            return self.probabilities.argmax(1).to(torch.uint8).cpu().numpy()
 
         return labels
+
+    def work(self, implementation: str) -> Work:
+        """One call: the network alone. Theirs runs all four heads, of which one is read."""
+        dtype = torch.float32 if implementation == "float32" else self.dtype
+        least = self.shape.networks(savings=True)
+        run = least if implementation == "ours" else self.shape.networks(one_head=False)
+        return dataclasses.replace(Work.of_networks(run, least, dtype), images=self.shape.batch)
 
     def check(self, implementation: str) -> None:
         """Raises AssertionError where a label is worse, in the reference's eyes, than rounding explains."""
@@ -150,8 +206,7 @@ class InferenceTrial:
 def trials() -> Iterator[Any]:
     for shape in shapes():
         for dtype in (torch.float32, torch.bfloat16):
-            name = f"{shape.name} {str(dtype).removeprefix('torch.')}".replace(" ", "-")
-            yield pytest.param((shape, dtype), id=name)
+            yield pytest.param((shape, dtype), id=f"{shape.name} {name_of(dtype)}".replace(" ", "-"))
 
 
 @pytest.fixture(scope="module", params=trials())
@@ -161,40 +216,27 @@ def trial(request: pytest.FixtureRequest) -> InferenceTrial:
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_inference(trial, implementation, benchmark, notes):
-    several = len(trial.shape.scales) > 1
-    if trial.shape.window is not None and implementation in ("eager", "compile"):
-        pytest.skip("nothing plain cuts images into windows; the whole image is the float32 row")
-    if implementation == "compile" and several:
+    if implementation == "compile" and len(trial.shape.scales) > 1:
         pytest.skip("compiles for minutes, once for each size")
     trial.check(implementation)
     call = trial.function(implementation)
     benchmark.group = trial.name
-    benchmark.pedantic(lambda: (call(), measure.synchronize()), rounds=1 if several else 3, iterations=1)
-    info: dict[str, Any] = {} if several else {"peak_memory_bytes": measure.peak_memory(call)}
+    benchmark.pedantic(lambda: (call(), measure.synchronize()), rounds=1, iterations=1)
+    benchmark.extra_info.update(peak_memory_bytes=measure.peak_memory(call, warm=True))
+    trial.turns.add(implementation, call, trial.work(implementation), benchmark.extra_info)
     if implementation == "ours":
-        info |= compare(trial)
-        ratios = ", ".join(f"{info[f'speed_up_over_{n}']:.2f} x {n}" for n in trial.functions if n != "ours")
-        line = f"{trial.name}: ours {info['ours_ms']:.1f} ms, {info['images_per_s']:.2f} images/s, {ratios}"
-        if not several:
-            line += f"; peak memory {info['peak_memory_bytes'] / info['float32_memory']:.2f} x float32's"
-        notes.append(line)
-    benchmark.extra_info.update(info)
+        trial.turns.time(benchmark.stats.stats.median, least=3)
+        notes.append(line(trial))
 
 
-def compare(trial: InferenceTrial) -> dict[str, Any]:
-    """All implementations in turns: medians, and ratios of ours to each."""
-    functions = {name: trial.function(name) for name in trial.functions}
-    found: dict[str, Any] = {}
-    if len(trial.shape.scales) > 1:  # half a minute a call on a CPU
-        seconds = measure.alternate(functions, 2 if DEVICE.type == "cpu" else 10)
-    else:
-        seconds = measure.alternate(functions, measure.rounds_for(functions["ours"], budget=5.0, least=3, most=30))
-        found["float32_memory"] = measure.peak_memory(functions["float32"])
-    for name in functions:
-        found[f"{name}_ms"] = measure.percentile(seconds[name], 0.5) * 1e3
-        found[f"{name}_p20_ms"] = measure.percentile(seconds[name], 0.2) * 1e3
-        found[f"{name}_p80_ms"] = measure.percentile(seconds[name], 0.8) * 1e3
-        if name != "ours":
-            found[f"speed_up_over_{name}"] = 1 / measure.median_ratio(seconds["ours"], seconds[name])
-    found["images_per_s"] = trial.shape.batch / found["ours_ms"] * 1e3
-    return found
+def line(trial: InferenceTrial) -> str:
+    """The row that the summary shows."""
+    rows = trial.turns.rows
+    ours = rows["ours"]
+    ratios = ", ".join(f"{ours[f'speed_up_over_{name}']:.2f} x {name}" for name in rows if name != "ours")
+    plain = rows.get("float32", ours)
+    return (
+        f"{trial.name}: ours {ours['median_ms']:.1f} ms, {ours['images_per_s']:.2f} images/s, "
+        f"{ours['share_of_floor']:.0%} of the floor's speed, {ratios or 'alone'}; "
+        f"peak memory {ours['peak_memory_bytes'] / plain['peak_memory_bytes']:.2f} x float32's"
+    )

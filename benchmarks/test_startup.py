@@ -100,5 +100,5 @@ def test_startup(what, benchmark, notes, tmp_path):
     rounds = 1 if "compil" in what else 3
     benchmark.pedantic(lambda: seconds.append(seconds_of(PROGRAMS[what], tmp_path)), rounds=rounds, iterations=1)
     median = sorted(seconds)[len(seconds) // 2]
-    benchmark.extra_info.update({"seconds": median})
+    benchmark.extra_info.update({"what": what, "seconds": median})
     notes.append(f"{what}: {median:.2f} s")

@@ -9,14 +9,16 @@ all ratios. On a GPU DFN-R18, R50 and R101 at 512 x 512, batch 32; on a CPU the 
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
 from benchmarks import measure
+from benchmarks.figures import Turns, Work
 from benchmarks.measure import DEVICE
+from benchmarks.roofline import Network
 from dfn_fast import FastDFN, ReferenceDFN
 from dfn_fast.config import TrainConfig, recipe
 from dfn_fast.data.loader import Batch
@@ -65,6 +67,7 @@ class TrainingTrial:
         tensors = (images.permute(0, 3, 1, 2), labels, borders)
         self.batch = Batch(*(x.to(DEVICE) for x in tensors), names=[])
         self.trainers: dict[str, Trainer] = {}
+        self.turns = Turns()
         self.expected: float | None = None
 
     def trainer(self, implementation: str) -> Trainer:
@@ -96,6 +99,19 @@ class TrainingTrial:
         allowed = TOLERANCE["off" if implementation == "float32" else self.amp] * abs(self.expected)
         assert abs(loss - self.expected) <= allowed, f"{self.name}, {implementation}: {loss}, expected {self.expected}"
 
+    def work(self, implementation: str) -> Work:
+        """Forward, backward and update, the last without a count: operations and bytes of the convolutions."""
+        config, K = self.shape.config, self.shape.num_classes
+        names = ("backbone", "stem", "channels", "border_channels")
+        settings: dict[str, Any] = {name: getattr(config, name) for name in names}
+        settings |= {"batch": config.batch_size, "num_classes": K, "border": True, "one_head": False}
+        height, width = config.crop
+        written, least = (Network(height=height, width=width, **settings, savings=saved) for saved in (False, True))
+        dtype = torch.float32 if implementation == "float32" or self.amp == "off" else torch.bfloat16
+        run = least if implementation == "ours" else written
+        work = Work.of_networks([run], [least], dtype, training=True)
+        return dataclasses.replace(work, images=config.batch_size)
+
     def gradient_bytes(self, implementation: str) -> int:
         return sum(p.nbytes for p in self.trainer(implementation).model.parameters())
 
@@ -120,16 +136,15 @@ def test_training_step(trial, implementation, benchmark, notes):
     call = functools.partial(trial.run, implementation)
     benchmark.group = trial.name
     benchmark.pedantic(lambda: (call(), measure.synchronize()), rounds=3, iterations=1, warmup_rounds=1)
-    memory = measure.peak_memory(call)
-    info: dict[str, Any] = {
-        "peak_memory_bytes": memory,
-        "gradient_bytes": trial.gradient_bytes(implementation),
-        "held_after_forward_bytes": held_after_forward(trial, implementation),
-    }
+    benchmark.extra_info.update(
+        peak_memory_bytes=measure.peak_memory(call, warm=True),
+        gradient_bytes=trial.gradient_bytes(implementation),
+        held_after_forward_bytes=held_after_forward(trial, implementation),
+    )
+    trial.turns.add(implementation, call, trial.work(implementation), benchmark.extra_info)
     if implementation == "ours":
-        info |= compare(trial)
-        notes.append(line(trial, info))
-    benchmark.extra_info.update(info)
+        trial.turns.time(benchmark.stats.stats.median, least=9)
+        notes.append(line(trial))
 
 
 def held_after_forward(trial: TrainingTrial, implementation: str) -> int:
@@ -144,30 +159,16 @@ def held_after_forward(trial: TrainingTrial, implementation: str) -> int:
     return measure.held_memory(forward)
 
 
-def compare(trial: TrainingTrial) -> dict[str, Any]:
-    """All implementations in turns: medians, and ratios of ours to each."""
-    calls: dict[str, Callable[[], Any]] = {name: functools.partial(trial.run, name) for name in trial.trainers}
-    seconds = measure.alternate(calls, measure.rounds_for(calls["ours"], budget=5.0, least=9, most=30))
-    found: dict[str, Any] = {}
-    for name in trial.trainers:
-        found[f"{name}_ms"] = measure.percentile(seconds[name], 0.5) * 1e3
-        found[f"{name}_p20_ms"] = measure.percentile(seconds[name], 0.2) * 1e3
-        found[f"{name}_p80_ms"] = measure.percentile(seconds[name], 0.8) * 1e3
-        found[f"{name}_memory"] = measure.peak_memory(calls[name])
-        found[f"{name}_held"] = held_after_forward(trial, name)
-        if name != "ours":
-            found[f"speed_up_over_{name}"] = 1 / measure.median_ratio(seconds["ours"], seconds[name])
-    found["images_per_s"] = trial.shape.config.batch_size / found["ours_ms"] * 1e3
-    return found
-
-
-def line(trial: TrainingTrial, info: dict[str, Any]) -> str:
+def line(trial: TrainingTrial) -> str:
     """The row that the summary shows."""
-    speed_ups = ", ".join(f"{info[f'speed_up_over_{n}']:.2f} x {n}" for n in trial.trainers if n != "ours")
-    memory, held = (info[f"ours_{what}"] / info[f"eager_{what}"] for what in ("memory", "held"))
-    gradients = info["gradient_bytes"]
-    activations = (info["ours_memory"] - gradients) / (info["eager_memory"] - gradients)
+    rows = trial.turns.rows
+    ours, eager = rows["ours"], rows.get("eager", rows["ours"])
+    speed_ups = ", ".join(f"{ours[f'speed_up_over_{name}']:.2f} x {name}" for name in rows if name != "ours")
+    memory, held = (ours[name] / eager[name] for name in ("peak_memory_bytes", "held_after_forward_bytes"))
+    activations, theirs = (row["peak_memory_bytes"] - row["gradient_bytes"] for row in (ours, eager))
     return (
-        f"{trial.name}: ours {info['ours_ms']:.1f} ms, {info['images_per_s']:.1f} images/s, {speed_ups}; peak memory "
-        f"{memory:.2f} x eager's ({activations:.2f} x without gradients), held after forward {held:.2f} x"
+        f"{trial.name}: ours {ours['median_ms']:.1f} ms, {ours['images_per_s']:.1f} images/s, "
+        f"{ours['share_of_floor']:.0%} of the floor's speed, {speed_ups or 'alone'}; "
+        f"peak memory {memory:.2f} x eager's ({activations / theirs:.2f} x without gradients), "
+        f"held after forward {held:.2f} x"
     )

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import measure, record
+from benchmarks import figures, machine, measure, record
 from benchmarks.measure import DEVICE
 from dfn_fast import FastDFN, ReferenceDFN, Savings, cli
 from dfn_fast.config import TrainConfig
@@ -183,20 +183,20 @@ def measured(rows: list[Row], group: str, images: int, rounds: int) -> list[dict
     seconds = measure.alternate({row.technique: row.run for row in rows}, rounds)
     found = []
     for row, difference in zip(rows, differences, strict=True):
-        median = measure.percentile(seconds[row.technique], 0.5)
-        found.append(
-            {
-                "group": group,
-                "implementation": row.technique,
-                "ms": record.rounded(median * 1e3),
-                "p20_ms": record.rounded(measure.percentile(seconds[row.technique], 0.2) * 1e3),
-                "p80_ms": record.rounded(measure.percentile(seconds[row.technique], 0.8) * 1e3),
-                "images_per_s": record.rounded(images / median),
-                "speed_up": record.rounded(measure.median_ratio(seconds[rows[0].technique], seconds[row.technique])),
-                "peak_memory_bytes": measure.peak_memory(row.run),
-                "difference": record.rounded(difference),
-            }
-        )
+        drawn = machine.power(row.run)
+        if drawn:
+            drawn["joules_per_image"] = drawn.pop("joules_per_call") / images
+        own = seconds[row.technique]
+        row_figures = {
+            **figures.spread(own),
+            "images_per_s": images / measure.percentile(own, 0.5),
+            "speed_up": measure.median_ratio(seconds[rows[0].technique], own),
+            "peak_memory_bytes": measure.peak_memory(row.run, warm=True),
+            "difference": difference,
+            **drawn,
+        }
+        names = {"group": group, "implementation": row.technique}
+        found.append(names | {name: record.rounded(value) for name, value in row_figures.items()})
     return found
 
 
@@ -232,7 +232,7 @@ def shown(rows: list[dict[str, Any]]) -> str:
     lines = [f"{rows[0]['group']:42} {'ms':>9} {'speed-up':>9} {'images/s':>9} {'MB':>8} {'difference':>11}"]
     for row in rows:
         lines.append(
-            f"{row['implementation']:42} {row['ms']:9.1f} {row['speed_up']:9.2f} {row['images_per_s']:9.2f} "
+            f"{row['implementation']:42} {row['median_ms']:9.1f} {row['speed_up']:9.2f} {row['images_per_s']:9.2f} "
             f"{row['peak_memory_bytes'] / 1e6:8.0f} {row['difference']:11.1e}"
         )
     return "\n".join(lines)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import report, scaling
+from benchmarks import plots, report, scaling
 
 
 def test_the_readme_shows_the_result_files():
@@ -18,19 +18,28 @@ def results(tmp_path):
     folder = tmp_path / "some-cpu"
     folder.mkdir()
     machine = {"device": "Some CPU", "torch": "2.13", "threads": 2}
-    waterfall = {"group": "DFN 1x8x8", "ms": 10.0, "images_per_s": 1.0, "peak_memory_bytes": 10**6, "difference": 0.0}
+    waterfall = {
+        "group": "DFN 1x8x8",
+        "median_ms": 10.0,
+        "images_per_s": 1.0,
+        "peak_memory_bytes": 10**6,
+        "difference": 0.0,
+    }
 
     def step(ms):
         return [
-            {"group": "step", "implementation": "eager"},
+            {"group": "step", "implementation": "eager", "peak_memory_bytes": 100},
             {
                 "group": "step",
                 "implementation": "ours",
-                "ours_ms": ms,
+                "median_ms": ms,
+                "p20_ms": ms - 10,
+                "p80_ms": ms + 10,
                 "images_per_s": 2.0,
                 "speed_up_over_eager": 1.25,
-                "ours_memory": 60,
-                "eager_memory": 100,
+                "tflop_per_s": 0.1234,
+                "share_of_floor": 0.42,
+                "peak_memory_bytes": 60,
             },
         ]
 
@@ -57,17 +66,65 @@ def results(tmp_path):
 def test_each_suite_is_its_newest_and_names_its_file(results):
     text = report.text(results)
     assert "### Some CPU, torch 2.13, 2 threads" in text
-    assert "| step | 50 | 2.00 | - | 1.25 x | - | 0.60 x | - |" in text
+    assert "| step | 50 (40-60) | 2.00 | - | 1.25 x | - | 0.123 | 42% | 0.60 x | - |" in text
     assert "| step | 100" not in text
     assert "`test_training_step`, from `benchmarks/results/some-cpu/2026-01-02.json`" in text
     assert "`test_operators`, from `benchmarks/results/some-cpu/2026-01-01.json`" in text
     assert "| fused | 10 | 1.00 | 2.00 x | 1 | 1e-05 |" in text
 
 
-def test_what_is_slower_than_compile_stands_first(results):
-    lines = [line for line in report.text(results).splitlines() if line.startswith(("| fast", "| slow"))]
-    assert lines[0].startswith("| slow | 1.00 | 2.00 x | 0.50 x |")
-    assert lines[1].startswith("| fast | 1.00 | 2.00 x | 2.00 x |")
+def test_what_is_slower_than_compile_stands_first_and_is_marked(results):
+    lines = [line for line in report.text(results).splitlines() if " fast |" in line or " slow |" in line]
+    assert lines[0].startswith("| **slower than compiled:** slow | 1 | 2.00 x | 0.50 x | 10.0 | 50% |")
+    assert lines[1].startswith("| fast | 1 | 2.00 x | 2.00 x |")
+
+
+def row(**figures):
+    return {"group": "g", "implementation": "ours", "median_ms": 1.0, **figures}
+
+
+def test_energy_has_columns_where_it_was_measured():
+    rows = [row(peak_memory_bytes=1, speed_up=1.0), row(peak_memory_bytes=1, watts=350.0, joules_per_image=0.5)]
+    header, _, first, second = report.waterfall_table(rows)
+    assert header.endswith("| J/image | W | MHz |")
+    assert first.endswith("| - | - | - |")
+    assert second.endswith("| 0.5 | 350 | - |")
+
+
+def test_a_line_for_each_convolution():
+    rows = [
+        row(layer="8-8 3x3", direction="forward", tflop_per_s=0.5, share_of_product=0.5, ours_speed_up=1.5),
+        row(layer="8-8 3x3", direction="weight gradient", share_of_product=0.25),
+        row(group="21-24", tflop_per_s=2.0),
+    ]
+    lines = report.convolution_table(rows)
+    assert lines[2] == "| 8-8 3x3 | 0.5 | 50%, ours 1.50 x | - | 25% |"
+    assert lines[-1] == "| 21-24 | 1 | 2 | - |"
+
+
+def test_a_gpu_stands_first_and_others_are_folded(results):
+    folder = results / "a-gpu"
+    folder.mkdir()
+    machine = {"device": "Some GPU", "torch": "2.11", "threads": 8, "driver": "1"}
+    machine |= {"copy_gb_per_s": 4300.0, "product_bfloat16_tflop_per_s": 788.0}
+    suites = {"test_startup": [row(what="import", seconds=1.5)]}
+    (folder / "2026-01-01.json").write_text(json.dumps({"date": "2026-01-01", "machine": machine, "suites": suites}))
+    lines = report.text(results).splitlines()
+    assert lines[2] == "### Some GPU, torch 2.11, 8 threads"
+    assert "Measured here: a copy moves 4.3e+03 GB/s, a matrix product 788 TFLOP/s bfloat16." in lines
+    assert "| import | 1.50 |" in lines
+    assert "<details><summary>Some CPU, torch 2.13, 2 threads</summary>" in lines
+
+
+def test_points_lie_below_the_roofs(tmp_path):
+    rows = [
+        row(flops=10**9, bytes_moved=10**7, tflop_per_s=0.1),
+        row(layer="l", flops=10**8, bytes_moved=10**8, tflop_per_s=0.01),
+    ]
+    machine = {"copy_gb_per_s": 10.0, "product_float32_tflop_per_s": 0.2}
+    (written,) = plots.draw({"test_operators": rows[:1], "test_convolutions": rows[1:]}, tmp_path, machine)
+    assert written == tmp_path / "roofline.png"
+    assert plots.draw({"test_operators": rows}, tmp_path, {}) == []  # no roof was measured
 
 
 def test_exponents_are_slopes():

@@ -51,7 +51,7 @@ def upsample_cross_entropy_ref(
 
 
 def _softmax_chunk(
-    z: Tensor, labels: Tensor, valid: Tensor, weight: Tensor, rule: Rule, need_grad: bool
+    z: Tensor, labels: Tensor, weight: Tensor, rule: Rule, need_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Loss ``[rows, 1, columns]`` of the logits z ``[rows, K, columns]``, which are overwritten, and their gradient."""
     z -= z.amax(1, keepdim=True)
@@ -68,7 +68,7 @@ def _softmax_chunk(
         loss, factor = power * nll, weight * power * (1 + rule.gamma * (e_y / total) * slope)
     else:
         loss, factor = nll, weight
-    loss = torch.where(valid, weight * loss, 0)
+    loss = weight * loss
     if not need_grad:
         return loss, None
     e *= factor / total

@@ -59,6 +59,7 @@ def case(measure, ours, labels: bool = False):
         ours,
         lambda: [torch.randn(8, 8), torch.randn(8, 8)],
         forward_bytes=lambda x, y: x.nbytes + y.nbytes,
+        forward_flops=lambda x, y: x.numel(),
         backward_bytes=lambda x, y: x.nbytes,
     )
 
@@ -75,9 +76,10 @@ def test_a_wrong_result_is_not_timed(measure):
         measure.Trial(case(measure, lambda x, y: (x > -y).to(torch.uint8), labels=True), False).check("ours")
 
 
-def test_bytes_of_backward_count_only_where_it_runs(measure):
-    cases = case(measure, torch.mul)
-    assert [measure.Trial(cases, backward).bytes_moved() for backward in (False, True)] == [512, 768]
+def test_bytes_and_operations_of_backward_count_only_where_it_runs(measure):
+    trials = [measure.Trial(case(measure, torch.mul), backward) for backward in (False, True)]
+    assert [trial.bytes_moved() for trial in trials] == [512, 768]
+    assert [trial.flops() for trial in trials] == [64, 192]
 
 
 class Tile(NamedTuple):
