@@ -1,4 +1,15 @@
-"""Fused operators of DFN: Triton kernels, with gradients, and the same mathematics in plain PyTorch elsewhere."""
+"""Fused operators of DFN: Triton kernels, with gradients, and the same mathematics in plain PyTorch elsewhere.
+
+Every operator takes features of any strides and alignment and a batch of 0, and raises ValueError with its name and its
+argument's for another shape, dtype or device. Environment variables, read at each call:
+
+- ``DFN_KERNELS``: ``auto`` (the default), ``torch`` or ``triton``, the implementation; ``TRITON_INTERPRET=1`` runs
+  Triton's kernels on a CPU.
+- ``DFN_KERNELS_DEBUG=1``: debug mode. A label that is neither a class nor ``ignore_index`` is a ValueError; each
+  operator waits for the device, and what CUDA or Triton raises is a RuntimeError that names the operator, forward or
+  backward, whose kernel it was, and its arguments' shapes: "upsample_cross_entropy, logits [2, 21, 128, 128] float32 on
+  cuda:0, ...: CUDA error: an illegal memory access was encountered".
+"""
 
 from dfn_kernels.channel_attention import channel_attention
 from dfn_kernels.conv3x3 import conv3x3

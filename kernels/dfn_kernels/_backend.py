@@ -2,11 +2,17 @@
 
 ``DFN_KERNELS`` is ``auto`` (the default), ``torch`` or ``triton``. ``auto``: Triton for CUDA and HIP tensors, plain
 PyTorch for all others; with ``TRITON_INTERPRET=1`` the Triton kernels for CPU tensors too. What is forced and missing
-is an error.
+is an error. An empty batch is PyTorch's: no kernel is launched for nothing.
+
+``DFN_KERNELS_DEBUG=1`` is the debug mode of every operator, see :func:`named_errors`; the losses check labels in it.
 """
 
 import contextlib
+import functools
+import inspect
 import os
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +29,8 @@ def interpreting() -> bool:
 
 
 def use_triton(x: Tensor) -> bool:
-    """Whether the Triton kernels serve a call on ``x``. Raises RuntimeError where they are forced and missing."""
+    """Whether the Triton kernels serve a call on ``x``, which they never do on an empty one. Raises RuntimeError where
+    they are forced and missing."""
     choice = os.environ.get("DFN_KERNELS", "auto")
     if choice not in CHOICES:
         raise RuntimeError(f"DFN_KERNELS must be one of {', '.join(CHOICES)}, got {choice!r}")
@@ -31,7 +38,7 @@ def use_triton(x: Tensor) -> bool:
         return False
     runs_here = x.is_cuda or (x.device.type == "cpu" and interpreting())
     if choice == "auto":
-        return runs_here and MISSING is None
+        return runs_here and MISSING is None and x.numel() > 0
     if MISSING is not None:
         raise RuntimeError(f"DFN_KERNELS=triton, but Triton cannot be imported ({MISSING}); pip install triton")
     if not runs_here:
@@ -39,12 +46,80 @@ def use_triton(x: Tensor) -> bool:
             f"DFN_KERNELS=triton, but Triton has no kernels for {x.device.type} tensors; "
             "use CUDA tensors, or TRITON_INTERPRET=1 for its interpreter on the CPU"
         )
-    return True
+    return x.numel() > 0
 
 
 def debugging() -> bool:
-    """Whether values are checked too (``DFN_KERNELS_DEBUG=1``), at the price of waiting for the device."""
-    return os.environ.get("DFN_KERNELS_DEBUG") == "1"
+    """Whether values are checked too (``DFN_KERNELS_DEBUG=1``), at the price of waiting for the device. Never in a
+    graph, whose operators ask when they run."""
+    return not torch.compiler.is_compiling() and os.environ.get("DFN_KERNELS_DEBUG") == "1"
+
+
+def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
+    """Registers a function as ``dfn_kernels::name``, with :func:`named_errors`."""
+
+    def register(run: Callable[..., Any]) -> Any:
+        return torch.library.custom_op(f"dfn_kernels::{name}", named_errors(name)(run), mutates_args=())
+
+    return register
+
+
+def named_errors(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """In debug mode the function waits for the device, and an error of CUDA or Triton says whose it is.
+
+    A device works behind its host, so that a fault of one kernel is raised by whatever the host does next. Under
+    ``DFN_KERNELS_DEBUG=1`` the host waits before the function and after it: RuntimeError names the operator, the shapes
+    of its arguments and, where it was there before, that the fault is an earlier operation's. A ValueError names its
+    operator as it is. While a CUDA graph is captured nothing can be waited for. Otherwise this costs a look at the
+    environment.
+    """
+
+    def wrap(run: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(run)
+        def named(*arguments: Any, **options: Any) -> Any:
+            if not debugging():
+                return run(*arguments, **options)
+            given = inspect.signature(run).bind(*arguments, **options).arguments
+            call = ", ".join([name, *(f"{key} {_described(value)}" for key, value in given.items())])
+            devices = {x.device for value in given.values() for x in _tensors(value)}
+            with _errors_of(f"an operation before {call}"):
+                for device in devices:
+                    synchronize(device)
+            with _errors_of(call):
+                result = run(*arguments, **options)
+                for device in devices:
+                    synchronize(device)
+            return result
+
+        return named
+
+    return wrap
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for a CUDA device, which raises what went wrong on it; not while a graph is captured."""
+    if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+        torch.cuda.synchronize(device)
+
+
+@contextlib.contextmanager
+def _errors_of(call: str) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, torch.OutOfMemoryError):  # the first names its operator, the second is no fault of it
+        raise
+    except Exception as error:
+        raise RuntimeError(f"{call}: {error}") from error
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [x for x in (value if isinstance(value, list | tuple) else [value]) if isinstance(x, Tensor)]
+
+
+def _described(value: Any) -> str:
+    """A tensor's shape, dtype and device; anything else as it is."""
+    found = [f"{list(x.shape)} {str(x.dtype).removeprefix('torch.')} on {x.device}" for x in _tensors(value)]
+    return " and ".join(found) if found else repr(value)
 
 
 def nhwc(x: Tensor) -> Tensor:
@@ -65,11 +140,11 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def check_features(operator: str, **tensors: Tensor) -> None:
-    """Raises ValueError unless all are non-empty ``[B, C, H, W]`` of one dtype and device, and of a dtype we serve."""
+    """Raises ValueError unless all are ``[B, C, H, W]`` of one dtype that we serve, on one device; B may be 0."""
     first_name, first = next(iter(tensors.items()))
     for name, x in tensors.items():
-        if x.ndim != 4 or x.numel() == 0:
-            raise ValueError(f"{operator} expects {name} [B, C, H, W], not empty, got shape {list(x.shape)}")
+        if x.ndim != 4 or 0 in x.shape[1:]:
+            raise ValueError(f"{operator} expects {name} [B, C, H, W], all but B at least 1, got shape {list(x.shape)}")
         if x.dtype not in DTYPES:
             raise ValueError(f"{operator} expects {name} in float32, bfloat16, float16 or float64, got {x.dtype}")
         if x.dtype != first.dtype or x.device != first.device:

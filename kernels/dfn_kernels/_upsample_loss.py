@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dfn_kernels import _upsample_loss_triton as kernels
-from dfn_kernels._backend import accumulator, check_features, debugging, full_precision, use_triton
+from dfn_kernels._backend import accumulator, check_features, debugging, full_precision, operator, use_triton
 from dfn_kernels._resize_rows import RowResize
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -50,12 +50,12 @@ def check(operator: str, logits: Tensor, labels: Tensor, labels_shape: tuple[int
     check_features(operator, logits=logits)
     if logits.shape[1] > MAX_CLASSES:
         raise ValueError(f"{operator} expects at most {MAX_CLASSES} classes, got logits {list(logits.shape)}")
-    fits = labels.ndim == len(labels_shape) and labels.numel() > 0
+    fits = labels.ndim == len(labels_shape) and 0 not in labels.shape[1:]
     if not fits or any(n is not None and n != m for n, m in zip(labels_shape, labels.shape, strict=True)):
         expected = ", ".join("any" if n is None else str(n) for n in labels_shape)
         raise ValueError(
-            f"{operator} expects labels of shape [{expected}], not empty, for logits {list(logits.shape)}, "
-            f"got {list(labels.shape)}"
+            f"{operator} expects labels of shape [{expected}], rows and columns at least 1, for logits "
+            f"{list(logits.shape)}, got {list(labels.shape)}"
         )
     if labels.dtype not in LABELS:
         raise ValueError(f"{operator} expects labels in uint8, int32 or int64, got {labels.dtype}")
@@ -191,7 +191,7 @@ def _by_row(x: Tensor) -> Tensor:
     return x.movedim(-2, 0).reshape(-1, 1 if x.ndim == 3 else x.shape[1], x.shape[-1])
 
 
-@torch.library.custom_op("dfn_kernels::upsample_loss_bwd", mutates_args=())
+@operator("upsample_loss_bwd")
 def backward(
     d_loss: Tensor, gradient: Tensor, scale: Tensor, shape: list[int], dtype: torch.dtype, sigmoid: bool
 ) -> Tensor:
@@ -201,7 +201,7 @@ def backward(
     if gradient.ndim != 4:  # rows of sums of the kernels' programs
         return kernels.launch_bwd(d_loss, gradient, scale, shape, dtype, sigmoid)
     d_logits = torch.empty(shape, dtype=dtype, device=gradient.device, memory_format=torch.channels_last)
-    images = max(1, CHUNK // gradient[0].numel())
+    images = max(1, CHUNK // gradient.shape[1:].numel())
     for image, sums in zip(d_logits.split(images), gradient.split(images), strict=True):
         image.copy_((sums.double() * (scale * d_loss)).transpose(1, 2))
     return d_logits

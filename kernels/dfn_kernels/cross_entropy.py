@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dfn_kernels import _upsample_loss as shared
 from dfn_kernels import _upsample_loss_triton as kernels
+from dfn_kernels._backend import operator
 from dfn_kernels._compile import CompileCase
 from dfn_kernels._upsample_loss import Rule
 
@@ -75,7 +76,7 @@ def _softmax_chunk(
     return loss, e.scatter_(1, labels, -q * factor)
 
 
-@torch.library.custom_op("dfn_kernels::upsample_cross_entropy", mutates_args=())
+@operator("upsample_cross_entropy")
 def _upsample_cross_entropy(
     logits: Tensor,
     labels: Tensor,

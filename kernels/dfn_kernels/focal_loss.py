@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dfn_kernels import _upsample_loss as shared
 from dfn_kernels import _upsample_loss_triton as kernels
+from dfn_kernels._backend import operator
 from dfn_kernels._compile import CompileCase
 from dfn_kernels._upsample_loss import Rule
 
@@ -61,7 +62,7 @@ def _sigmoid_chunk(
     return nll.mul_(factor), slope.mul_(factor).mul_(sign).contiguous()
 
 
-@torch.library.custom_op("dfn_kernels::upsample_focal_loss", mutates_args=())
+@operator("upsample_focal_loss")
 def _upsample_focal_loss(
     logits: Tensor,
     targets: Tensor,

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dfn_kernels import _winograd as winograd
-from dfn_kernels._backend import nhwc
+from dfn_kernels._backend import check_features, named_errors, nhwc, operator
 from dfn_kernels.conv3x3 import winograd_tile
 
 
@@ -55,8 +55,56 @@ def fused_conv(
         packed: kept by the caller beside an unchanging weight: what a CPU turns the weight into, once.
 
     Returns ``[B, O, h, w]``, channels_last. Sums are float32 or better and rounded once, or after each of the three
-    steps where a device has no fused form. Not differentiable.
+    steps where a device has no fused form. Not differentiable. Raises ValueError for other shapes, dtypes or devices.
     """
+    exact_bias = x.device.type == "cpu" and packed is not None and residual is None
+    bias_dtypes = (x.dtype, torch.float32) if exact_bias else (x.dtype,)
+    _check(x, weight, bias, residual, stride, padding, bias_dtypes)
+    return _run(x, weight, None if bias is None else bias.contiguous(), residual, stride, padding, relu, packed)
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: int,
+    padding: int,
+    bias_dtypes: tuple[torch.dtype, ...],
+) -> None:
+    """Here, because oneDNN and cuDNN do not ask: they would read past the end of a residual that is too small."""
+    check_features("fused_conv", x=x, weight=weight)
+    O, I, *kernel = weight.shape  # noqa: E741
+    size = [(side + 2 * padding - k) // stride + 1 for side, k in zip(x.shape[2:], kernel, strict=True)]
+    if x.shape[1] != I or O == 0 or min(size) < 1:
+        raise ValueError(
+            f"fused_conv expects weight [O, I, k, k] with x's channels and no larger than the padded x, got weight "
+            f"{list(weight.shape)} and x {list(x.shape)} with padding {padding}"
+        )
+    shapes = {"bias": (O,), "residual": (x.shape[0], O, *size)}
+    dtypes = {"bias": bias_dtypes, "residual": (x.dtype,)}
+    for name, operand in (("bias", bias), ("residual", residual)):
+        if operand is not None and (
+            operand.shape != shapes[name] or operand.dtype not in dtypes[name] or operand.device != x.device
+        ):
+            expected = " or ".join(dict.fromkeys(map(str, dtypes[name])))
+            raise ValueError(
+                f"fused_conv expects {name} {list(shapes[name])} in {expected} on x's device ({x.device}), "
+                f"got {list(operand.shape)} in {operand.dtype} on {operand.device}"
+            )
+
+
+@named_errors("fused_conv")
+def _run(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: int,
+    padding: int,
+    relu: bool,
+    packed: Packed | None,
+) -> Tensor:
     if x.device.type == "cuda" and torch.version.hip is None and x.dtype != torch.float64:
         if bias is not None and relu:
             return _cudnn(x, weight, bias, residual, stride, padding)
@@ -99,7 +147,7 @@ def _on_cpu(
 
 
 # cuDNN's fused calls have no fake rule of their own, so torch.compile and torch.export would not see through them.
-@torch.library.custom_op("dfn_kernels::cudnn_conv_relu", mutates_args=())
+@operator("cudnn_conv_relu")
 def _cudnn(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, stride: int, padding: int) -> Tensor:
     x, weight = nhwc(x), nhwc(weight)
     steps, pads, ones = [stride, stride], [padding, padding], [1, 1]

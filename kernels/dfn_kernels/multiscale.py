@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dfn_kernels import tuning
-from dfn_kernels._backend import DTYPES, nhwc, use_triton
+from dfn_kernels._backend import DTYPES, nhwc, operator, use_triton
 from dfn_kernels._compile import CompileCase
 from dfn_kernels._resize import source
 from dfn_kernels._triton import tl, triton
@@ -218,8 +218,10 @@ def _check(logits: Sequence[Tensor], size: tuple[int, int], flipped: Sequence[bo
         raise ValueError(f"{name} expects size (H, W), both at least 1, got {tuple(size)}")
     first = logits[0]
     for i, x in enumerate(logits):
-        if x.ndim != 4 or x.numel() == 0:
-            raise ValueError(f"{name} expects logits[{i}] [B, K, h, w], not empty, got shape {list(x.shape)}")
+        if x.ndim != 4 or 0 in x.shape[1:]:
+            raise ValueError(
+                f"{name} expects logits[{i}] [B, K, h, w], all but B at least 1, got shape {list(x.shape)}"
+            )
         if x.dtype not in DTYPES:
             raise ValueError(f"{name} expects logits[{i}] in float32, bfloat16, float16 or float64, got {x.dtype}")
         if x.shape[:2] != first.shape[:2] or x.device != first.device:
@@ -267,7 +269,7 @@ def _empty_scores(logits: Sequence[Tensor], height: int, width: int) -> Tensor:
     return logits[0].new_empty((B, height, width, K), dtype=_score_dtype(logits)).permute(0, 3, 1, 2)
 
 
-@torch.library.custom_op("dfn_kernels::multiscale_argmax", mutates_args=())
+@operator("multiscale_argmax")
 def _multiscale_argmax(logits: Sequence[Tensor], height: int, width: int, flipped: Sequence[bool]) -> Tensor:
     labels = _empty_labels(logits, height, width)
     run = _launch if use_triton(logits[0]) else _run_torch
@@ -280,7 +282,7 @@ def _(logits, height, width, flipped):
     return _empty_labels(logits, height, width)
 
 
-@torch.library.custom_op("dfn_kernels::multiscale_scores", mutates_args=())
+@operator("multiscale_scores")
 def _multiscale_scores(
     logits: Sequence[Tensor], height: int, width: int, flipped: Sequence[bool]
 ) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dfn_kernels import tuning
-from dfn_kernels._backend import DTYPES, accumulator, use_triton
+from dfn_kernels._backend import DTYPES, accumulator, operator, use_triton
 from dfn_kernels._compile import CompileCase
 from dfn_kernels._triton import tl, triton
 
@@ -154,8 +154,8 @@ def _check(
     images: Tensor, size: tuple[int, int], mean: Sequence[float], std: Sequence[float], dtype: torch.dtype
 ) -> None:
     name = "resize_normalize"
-    if images.ndim != 4 or images.shape[-1] != 3 or images.numel() == 0:
-        raise ValueError(f"{name} expects images [B, H, W, 3], not empty, got shape {list(images.shape)}")
+    if images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape[1:]:
+        raise ValueError(f"{name} expects images [B, H, W, 3], H and W at least 1, got shape {list(images.shape)}")
     if images.dtype != torch.uint8:
         raise ValueError(f"{name} expects images in uint8, got {images.dtype}")
     if len(size) != 2 or min(size) < 1:
@@ -202,7 +202,7 @@ def _empty(images: Tensor, height: int, width: int, flip: bool, dtype: torch.dty
     return images.new_empty((batch, height, width, 3), dtype=dtype).permute(0, 3, 1, 2)
 
 
-@torch.library.custom_op("dfn_kernels::resize_normalize", mutates_args=())
+@operator("resize_normalize")
 def _resize_normalize(
     images: Tensor,
     height: int,

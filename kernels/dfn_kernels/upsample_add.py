@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dfn_kernels import _upsample_add_triton as kernels
-from dfn_kernels._backend import check_features, nhwc, use_triton
+from dfn_kernels._backend import check_features, debugging, nhwc, operator, use_triton
 from dfn_kernels._compile import CompileCase
 
 
@@ -64,7 +64,7 @@ def resize_bwd_torch(d_out: Tensor, size: tuple[int, int]) -> Tensor:
     return torch.ops.aten.upsample_bilinear2d_backward.grad_input(d_out, full, shape, True, grad_input=d_high)
 
 
-@torch.library.custom_op("dfn_kernels::upsample_add", mutates_args=())
+@operator("upsample_add")
 def _upsample_add(low: Tensor, high: Tensor) -> Tensor:
     if use_triton(low):
         check_offsets("upsample_add", low, *high.shape[2:])
@@ -77,7 +77,7 @@ def _(low, high):
     return torch.empty_like(low, memory_format=torch.channels_last)
 
 
-@torch.library.custom_op("dfn_kernels::upsample_add_bwd", mutates_args=())
+@operator("upsample_add_bwd")
 def _upsample_add_bwd(d_out: Tensor, small_height: int, small_width: int) -> Tensor:
     d_out, size = nhwc(d_out), (small_height, small_width)
     return kernels.backward(d_out, size)[1] if use_triton(d_out) else resize_bwd_torch(d_out, size)
@@ -113,7 +113,7 @@ def upsample_add(low: Tensor, high: Tensor) -> Tensor:
     PyTorch as the output's gradient comes). Raises ValueError for other shapes, dtypes or devices.
     """
     check_pair("upsample_add", low, high)
-    if torch.compiler.is_compiling() or use_triton(low):
+    if torch.compiler.is_compiling() or use_triton(low) or debugging():
         return _upsample_add(low, high)
     # Outside of a graph PyTorch's own operators: for small features a custom operator's call would cost more.
     low, resized = nhwc(low), _resize(nhwc(high), low.shape[2:])

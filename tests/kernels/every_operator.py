@@ -13,8 +13,10 @@ import dfn_kernels as ops
 import torch
 from dfn_kernels._triton import MISSING
 from dfn_kernels.channel_attention import channel_attention_ref
+from dfn_kernels.conv3x3 import conv3x3_ref
 from dfn_kernels.cross_entropy import upsample_cross_entropy_ref
 from dfn_kernels.focal_loss import upsample_focal_loss_ref
+from dfn_kernels.fused_conv import Packed, fused_conv, fused_conv_ref
 from dfn_kernels.multiscale import multiscale_argmax_ref
 from dfn_kernels.preprocess import resize_normalize_ref
 from dfn_kernels.upsample_add import upsample_add_ref
@@ -30,52 +32,100 @@ class Problem(NamedTuple):
     differentiable: int  # so many of the inputs, from the first
 
 
-def results(fn: Callable[..., Any], problem: Problem) -> list[Tensor]:
-    """fn's outputs and, where there are gradients, those of a random function of the first output."""
-    inputs = [x.clone().requires_grad_(i < problem.differentiable) for i, x in enumerate(problem.inputs)]
+class Sizes(NamedTuple):
+    """Of all problems: images, channels or classes, the full size and the small one."""
+
+    B: int = 2
+    K: int = 3
+    H: int = 4
+    W: int = 5
+    h: int = 2
+    w: int = 3
+
+
+USUAL = Sizes()
+
+
+def results(fn: Callable[..., Any], problem: Problem, d_out: Tensor | None = None) -> list[Tensor]:
+    """fn's outputs and, where there are gradients, those of a function of the first output, a random one by default.
+    Inputs are used as they lie in memory."""
+    inputs = [x.detach().requires_grad_(i < problem.differentiable) for i, x in enumerate(problem.inputs)]
     out = fn(*inputs)
     out = list(out) if isinstance(out, tuple) else [out]
     if not problem.differentiable:
         return out
-    d_out = torch.randn(out[0].shape, generator=torch.Generator().manual_seed(1), dtype=out[0].dtype)
+    d_out = random_gradient(out[0]) if d_out is None else d_out
     return [*(x.detach() for x in out), *torch.autograd.grad(out[0], inputs[: problem.differentiable], d_out)]
 
 
-def problems() -> dict[str, Problem]:
-    """By name; float64, so that equal means equal to many digits."""
+def random_gradient(out: Tensor) -> Tensor:
+    """Of that shape and dtype; the same numbers, rounded, in every dtype and on every device."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.device, out.dtype)
+
+
+def problems(sizes: Sizes = USUAL, dtype: torch.dtype = torch.float64, device: str = "cpu") -> dict[str, Problem]:
+    """By name, those with Triton kernels; in float64 equal means equal to many digits."""
     generator = torch.Generator().manual_seed(0)
+    B, K, H, W, h, w = sizes
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
 
     def integers(high: int, *shape: int) -> Tensor:
-        return torch.randint(high, shape, generator=generator, dtype=torch.uint8)
+        return torch.randint(high, shape, generator=generator, dtype=torch.uint8).to(device)
 
     def decide(fn: Callable[..., Any], *maps: Tensor) -> Any:
-        return fn(list(maps), (4, 5), flipped=[False, True])
+        return fn(list(maps), (H, W), flipped=[False, True])
 
-    normalised = {"size": (3, 7), "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4), "flip": True, "dtype": torch.float64}
-    low, high, parameters = random(2, 3, 4, 5), random(2, 3, 2, 3), (random(3, 6), random(3), random(3, 3), random(3))
+    normalised = {"size": (h, w), "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4), "flip": True, "dtype": dtype}
+    low, high, parameters = (
+        random(B, K, H, W),
+        random(B, K, h, w),
+        (random(K, 2 * K), random(K), random(K, K), random(K)),
+    )
+    targets = (B, H, W) if K == 1 else (B, K, H, W)
     return {
         "channel_attention": Problem(ops.channel_attention, channel_attention_ref, (low, high, *parameters), 6),
         "upsample_add": Problem(ops.upsample_add, upsample_add_ref, (low, high), 2),
         "upsample_cross_entropy": Problem(
-            ops.upsample_cross_entropy, upsample_cross_entropy_ref, (random(2, 3, 2, 3), integers(4, 2, 4, 5)), 1
+            ops.upsample_cross_entropy, upsample_cross_entropy_ref, (random(B, K, h, w), integers(K + 1, B, H, W)), 1
         ),
         "upsample_focal_loss": Problem(
-            ops.upsample_focal_loss, upsample_focal_loss_ref, (random(2, 1, 2, 3), integers(3, 2, 4, 5)), 1
+            ops.upsample_focal_loss, upsample_focal_loss_ref, (random(B, K, h, w), integers(3, *targets)), 1
         ),
         "multiscale_argmax": Problem(
             partial(decide, partial(ops.multiscale_argmax, return_scores=True)),
             partial(decide, multiscale_argmax_ref),
-            (random(2, 3, 2, 3), random(2, 3, 3, 2)),
+            (random(B, K, h, w), random(B, K, w, h)),
             0,
         ),
         "resize_normalize": Problem(
             partial(ops.resize_normalize, **normalised),
             partial(resize_normalize_ref, **normalised),
-            (integers(256, 2, 4, 5, 3),),
+            (integers(256, B, H, W, 3),),
             0,
+        ),
+    }
+
+
+def convolutions(sizes: Sizes = USUAL, dtype: torch.dtype = torch.float64, device: str = "cpu") -> dict[str, Problem]:
+    """The operators that are PyTorch's own convolutions, or cuDNN's, oneDNN's and Winograd's."""
+    generator = torch.Generator().manual_seed(0)
+    B, K, H, W, _, outputs = sizes
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
+
+    def fuse(fn: Callable[..., Any], *operands: Tensor, **options: Any) -> Any:
+        return fn(*operands, stride=1, padding=1, relu=True, **options)
+
+    x, weight = random(B, K, H, W), random(outputs, K, 3, 3)
+    operands = (x, weight, random(outputs), random(B, outputs, H, W))
+    return {
+        "conv3x3": Problem(ops.conv3x3, conv3x3_ref, (x, weight), 2),
+        "fused_conv": Problem(
+            lambda *operands: fuse(fused_conv, *operands, packed=Packed()), partial(fuse, fused_conv_ref), operands, 0
         ),
     }
 

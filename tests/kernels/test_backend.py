@@ -25,7 +25,7 @@ needs_cpu = pytest.mark.skipif(DEVICE != "cpu", reason="runs kernels on CPU tens
 
 def tensor_on(device: str) -> Any:
     """What a choice depends on, of a tensor on a device that need not be here (HIP devices are "cuda" too)."""
-    return SimpleNamespace(device=torch.device(device), is_cuda=device == "cuda")
+    return SimpleNamespace(device=torch.device(device), is_cuda=device == "cuda", numel=lambda: 1)
 
 
 @pytest.fixture

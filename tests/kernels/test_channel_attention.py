@@ -209,7 +209,7 @@ def test_the_cpu_path_concatenates_nothing(monkeypatch, dtype):
     ("changes", "message"),
     [
         ({"high": torch.zeros(2, 4, 2, 2)}, r"B and C of low, got high \[2, 4, 2, 2\] and low \[2, 3, 4, 4\]"),
-        ({"low": torch.zeros(3, 4, 4)}, r"low \[B, C, H, W\], not empty, got shape \[3, 4, 4\]"),
+        ({"low": torch.zeros(3, 4, 4)}, r"low \[B, C, H, W\], all but B at least 1, got shape \[3, 4, 4\]"),
         ({"high": torch.zeros(2, 3, 2, 2).half()}, "high like low.*got torch.float16"),
         ({"fc1_weight": torch.zeros(3, 3)}, r"fc1_weight \[3, 6\] for 3 channels, got \[3, 3\]"),
         ({"fc1_bias": torch.zeros(1)}, r"fc1_bias \[3\] for 3 channels, got \[1\]"),

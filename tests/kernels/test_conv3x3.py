@@ -216,7 +216,7 @@ def test_is_chosen_by_the_operator():
         (torch.zeros(2, 3, 4), torch.zeros(2, 3, 3, 3), r"got \[2, 3, 4\]"),
         (torch.zeros(2, 3, 4, 4), torch.zeros(2, 4, 3, 3), r"and \[2, 4, 3, 3\]"),
         (torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 1, 1), r"and \[2, 3, 1, 1\]"),
-        (torch.zeros(2, 3, 0, 4), torch.zeros(2, 3, 3, 3), "not empty"),
+        (torch.zeros(2, 3, 0, 4), torch.zeros(2, 3, 3, 3), "all but B at least 1"),
         (torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 3, 3).half(), "weight like x"),
     ],
 )

@@ -291,13 +291,13 @@ def test_autocast_does_not_touch_it(backend):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"logits": torch.zeros(3, 2, 2)}, r"logits \[B, C, H, W\], not empty, got shape \[3, 2, 2\]"),
+        ({"logits": torch.zeros(3, 2, 2)}, r"logits \[B, C, H, W\], all but B at least 1, got shape \[3, 2, 2\]"),
         ({"logits": torch.zeros(1, 5, 2, 3, dtype=torch.int32)}, "logits in float32.*got torch.int32"),
         ({"logits": torch.zeros(1, 1, 2, 3)}, r"at least 2 classes, got \[1, 1, 2, 3\]"),
         ({"logits": torch.zeros(1, 257, 2, 3)}, r"at most 256 classes, got logits \[1, 257, 2, 3\]"),
         ({"labels": torch.zeros(1, 5, dtype=torch.uint8)}, r"labels of shape \[1, any, any\].*got \[1, 5\]"),
         ({"labels": torch.zeros(2, 4, 5, dtype=torch.uint8)}, r"labels of shape \[1, any, any\].*got \[2, 4, 5\]"),
-        ({"labels": torch.zeros(1, 0, 5, dtype=torch.uint8)}, "not empty"),
+        ({"labels": torch.zeros(1, 0, 5, dtype=torch.uint8)}, "rows and columns at least 1"),
         ({"labels": torch.zeros(1, 4, 5)}, "labels in uint8, int32 or int64, got torch.float32"),
         ({"labels": torch.zeros(1, 4, 5, dtype=torch.uint8, device="meta")}, "labels on cpu.*got meta"),
         ({"class_weight": torch.ones(4)}, r"class_weight \[5\] on cpu.*got \[4\]"),

@@ -400,15 +400,15 @@ BYTES = {"dtype": torch.uint8}
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"logits": torch.zeros(3, 2, 2)}, r"logits \[B, C, H, W\], not empty, got shape \[3, 2, 2\]"),
-        ({"logits": torch.zeros(1, 1, 0, 3)}, r"logits \[B, C, H, W\], not empty, got shape \[1, 1, 0, 3\]"),
+        ({"logits": torch.zeros(3, 2, 2)}, r"logits \[B, C, H, W\], all but B at least 1, got shape \[3, 2, 2\]"),
+        ({"logits": torch.zeros(1, 1, 0, 3)}, r"logits \[B, C, H, W\], all but B at least 1, got shape \[1, 1, 0, 3\]"),
         ({"logits": torch.zeros(1, 1, 2, 3, dtype=torch.int32)}, "logits in float32.*got torch.int32"),
         ({"logits": torch.zeros(1, 257, 2, 3)}, r"at most 256 classes, got logits \[1, 257, 2, 3\]"),
         ({"targets": torch.zeros(1, 5, **BYTES)}, r"of shape \[1, 1, any, any\].*got \[1, 5\]"),
         ({"targets": torch.zeros(2, 4, 5, **BYTES)}, r"of shape \[1, any, any\].*got \[2, 4, 5\]"),
         ({"targets": torch.zeros(1, 2, 4, 5, **BYTES)}, r"of shape \[1, 1, any, any\].*got \[1, 2, 4, 5\]"),
         ({"logits": torch.zeros(1, 3, 2, 2)}, r"of shape \[1, 3, any, any\].*for logits \[1, 3, 2, 2\], got \[1, 4, 5"),
-        ({"targets": torch.zeros(1, 0, 5, **BYTES)}, r"not empty.*got \[1, 0, 5\]"),
+        ({"targets": torch.zeros(1, 0, 5, **BYTES)}, r"rows and columns at least 1.*got \[1, 0, 5\]"),
         ({"targets": torch.zeros(1, 4, 5)}, "in uint8, int32 or int64, got torch.float32"),
         ({"targets": torch.zeros(1, 4, 5, dtype=torch.bool)}, "in uint8, int32 or int64, got torch.bool"),
         ({"targets": torch.zeros(1, 4, 5, device="meta", **BYTES)}, "on cpu.*got meta"),

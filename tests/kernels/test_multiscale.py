@@ -275,7 +275,7 @@ def zeros(*shape, dtype=torch.float32, device=DEVICE) -> Tensor:
         ([], (4, 4), {}, "one or more score maps"),
         (zeros(1, 2, 3, 3), (4, 4), {}, "a list of one or more score maps, got Tensor"),
         ([zeros(2, 3, 3)], (4, 4), {}, r"logits\[0\] \[B, K, h, w\].*got shape \[2, 3, 3\]"),
-        ([zeros(1, 2, 3, 0)], (4, 4), {}, "not empty"),
+        ([zeros(1, 2, 3, 0)], (4, 4), {}, "all but B at least 1"),
         ([zeros(1, 2, 3, 3), zeros(1, 3, 3, 3)], (4, 4), {}, r"logits\[1\] like logits\[0\].*\[1, 2\].*got \[1, 3\]"),
         ([zeros(1, 2, 3, 3), zeros(2, 2, 3, 3)], (4, 4), {}, r"got \[2, 2\]"),
         ([zeros(1, 2, 3, 3), zeros(1, 2, 3, 3, device="meta")], (4, 4), {}, "on meta"),

@@ -229,7 +229,7 @@ def images_of(shape, dtype=torch.uint8) -> Tensor:
     [
         (images_of((4, 5, 3)), {}, r"images \[B, H, W, 3\].*got shape \[4, 5, 3\]"),
         (images_of((1, 3, 4, 5)), {}, r"got shape \[1, 3, 4, 5\]"),
-        (images_of((1, 0, 5, 3)), {}, "not empty"),
+        (images_of((1, 0, 5, 3)), {}, "H and W at least 1"),
         (images_of((1, 4, 5, 3), torch.float32), {}, "uint8, got torch.float32"),
         (images_of((1, 4, 5, 3)), {"size": (0, 4)}, r"size \(h, w\), both at least 1, got \(0, 4\)"),
         (images_of((1, 4, 5, 3)), {"size": (4,)}, r"got \(4,\)"),

@@ -152,8 +152,12 @@ def test_the_cpu_path_makes_nothing_but_its_result(monkeypatch):
 @pytest.mark.parametrize(
     ("low", "high", "message"),
     [
-        (torch.zeros(2, 3, 4), torch.zeros(2, 3, 2, 2), r"low \[B, C, H, W\], not empty, got shape \[2, 3, 4\]"),
-        (torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 0, 2), r"high \[B, C, H, W\], not empty"),
+        (
+            torch.zeros(2, 3, 4),
+            torch.zeros(2, 3, 2, 2),
+            r"low \[B, C, H, W\], all but B at least 1, got shape \[2, 3, 4\]",
+        ),
+        (torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 0, 2), r"high \[B, C, H, W\], all but B at least 1"),
         (
             torch.zeros(2, 3, 4, 4),
             torch.zeros(2, 4, 2, 2),
