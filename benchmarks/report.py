@@ -32,7 +32,7 @@ def newest(folder: Path) -> tuple[Row, dict[str, dict[str, Any]]]:
     suites: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob("*.json")):
         content = json.loads(path.read_text())
-        machine = content["machine"]
+        machine |= content["machine"]
         suites |= {name: {"date": content["date"], "rows": rows} for name, rows in content["suites"].items()}
     return machine, suites
 
@@ -253,11 +253,16 @@ def folded(title: str, lines: list[str]) -> list[str]:
 
 
 def text(results: Path = RESULTS) -> str:
-    """What stands between the markers: the first machine's tables, and those of others folded. GPUs come first.
+    """What stands between the markers: the first machine's tables, and those of others folded. GPUs come first, then
+    what was measured last.
 
     Columns named after an implementation say how much faster ours is.
     """
-    folders = sorted(machines(results), key=lambda folder: "driver" not in newest(folder)[0])
+
+    def rank(folder: Path) -> tuple[bool, str]:
+        return "driver" in newest(folder)[0], max(path.stem for path in folder.glob("*.json"))
+
+    folders = sorted(machines(results), key=rank, reverse=True)
     lines: list[str] = []
     for folder in folders:
         found = section(folder)

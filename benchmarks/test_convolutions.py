@@ -95,9 +95,9 @@ def test_convolution(layer, batch, dtype, direction, name, benchmark, notes):
             a, b = x.clone().requires_grad_(wanted[0]), weight.clone().requires_grad_(wanted[1])
             out = conv3x3(a, b)
             calls["ours"] = lambda: torch.autograd.grad(out, a if wanted[0] else b, d_out, retain_graph=True)
+    benchmark.group = name
     seconds = timed(calls, benchmark, "library")
     work = Work(layer.bytes(dtype.itemsize) * batch, layer.flops * batch, dtype)
-    benchmark.group = name
     info = {"layer": f"{title_of(layer)} batch {batch} {name_of(dtype)}", "direction": direction}
     benchmark.extra_info.update(info | figures.figures(seconds["library"], work))
     note = f"{name}: {1e3 * benchmark.extra_info['tflop_per_s']:.0f} GFLOP/s"
@@ -116,11 +116,11 @@ def test_convolution(layer, batch, dtype, direction, name, benchmark, notes):
 def test_channel_counts(channels, dtype, benchmark, notes):
     """189 against 192, 21 against 24 and 32, 9 against 16: 3x3, at stride 4."""
     x, weight = tensors(channels, 3, SIDE // 4, BATCHES[-1], dtype)
+    benchmark.group = f"channels {channels[0]}-{channels[1]} {name_of(dtype)}"
     seconds = timed({"library": lambda: F.conv2d(x, weight, padding=1)}, benchmark, "library")["library"]
     pixels = x.shape[0] * x.shape[2] * x.shape[3]
     moved = x.nbytes + weight.nbytes + pixels * channels[1] * dtype.itemsize
     found = figures.figures(seconds, Work(moved, 2 * 9 * channels[0] * channels[1] * pixels, dtype))
-    benchmark.group = f"channels {channels[0]}-{channels[1]} {name_of(dtype)}"
     benchmark.extra_info.update(found)
     notes.append(f"{benchmark.group}: {found['median_ms']:.3f} ms, {1e3 * found['tflop_per_s']:.0f} GFLOP/s")
 
@@ -142,9 +142,9 @@ def test_bias_and_relu(residual, dtype, benchmark, notes):
     junk = [torch.full_like(x, float("nan")) for _ in range(4)]
     del junk
     torch.testing.assert_close(calls["ours"](), calls["separate"](), rtol=0.05, atol=0.05)
+    benchmark.group = f"bias, ReLU{', residual' if residual else ''} in one call, {name_of(dtype)}"
     seconds = timed(calls, benchmark, "ours")
     speed_up = 1 / measure.median_ratio(seconds["ours"], seconds["separate"])
-    benchmark.group = f"bias, ReLU{', residual' if residual else ''} in one call, {name_of(dtype)}"
     benchmark.extra_info.update(figures.spread(seconds["ours"]) | {"speed_up": speed_up})
     notes.append(f"{benchmark.group}: {speed_up:.2f} x as fast as separate calls")
 
@@ -165,9 +165,9 @@ def test_batch_norm_and_relu(dtype, benchmark, notes):
 
     compiled = torch.compile(forward)
     calls = {"eager": lambda: step(forward), "compiled": lambda: step(compiled)}
+    benchmark.group = f"batch norm and ReLU compiled, {name_of(dtype)}"
     seconds = timed(calls, benchmark, "compiled")
     speed_up = 1 / measure.median_ratio(seconds["compiled"], seconds["eager"])
-    benchmark.group = f"batch norm and ReLU compiled, {name_of(dtype)}"
     moved = 5 * x.nbytes  # x twice and out; its gradient and x for the gradient of x, at the least
     found = figures.figures(seconds["compiled"], Work(moved, 8 * x.numel(), torch.float32))
     benchmark.extra_info.update(found | {"speed_up": speed_up})

@@ -147,9 +147,9 @@ class InferenceTrial:
             mode = None if DEVICE.type == "cpu" else "max-autotune"
             model = torch.compile(model, options=options, mode=mode, dynamic=False)
 
-        def probabilities(images: list[np.ndarray]) -> Tensor:
+        def log_probabilities(images: list[np.ndarray]) -> Tensor:
             x = torch.from_numpy(np.stack(images)).to(DEVICE).permute(0, 3, 1, 2)
-            return model(normalize(x).to(dtype, memory_format=layout)).float().exp()
+            return model(normalize(x).to(dtype, memory_format=layout)).float()
 
         def of_scales() -> Tensor:
             shape, total = self.shape, torch.zeros((), device=DEVICE)
@@ -157,11 +157,12 @@ class InferenceTrial:
                 size = round(scale * shape.width), round(scale * shape.height)
                 scaled = self.images if scale == 1 else [cv2.resize(image, size) for image in self.images]
                 for mirrored in shape.mirrored:
-                    p = probabilities([np.ascontiguousarray(x[:, ::-1]) for x in scaled] if mirrored else scaled)
+                    images = [np.ascontiguousarray(x[:, ::-1]) for x in scaled] if mirrored else scaled
+                    p = log_probabilities(images).exp()
                     p = p.flip(3) if mirrored else p
                     full = (shape.height, shape.width)
                     total = total + (p if scale == 1 else F.interpolate(p, full, mode="bilinear", align_corners=True))
-            return total
+            return (total / total.sum(1, keepdim=True)).log()
 
         def of_windows() -> Tensor:
             shape, windows = self.shape, self.shape.windows()
@@ -169,15 +170,15 @@ class InferenceTrial:
             count = torch.zeros(shape.height, shape.width, device=DEVICE)
             for first in range(0, len(windows), WINDOWS_AT_ONCE):
                 here = windows[first : first + WINDOWS_AT_ONCE]
-                p = probabilities([image[place] for place in here for image in self.images]).log_()
-                for place, scores in zip(here, p.split(shape.batch), strict=True):
-                    total[:, :, place[0], place[1]] += scores
+                scores = log_probabilities([image[place] for place in here for image in self.images])
+                for place, of_place in zip(here, scores.split(shape.batch), strict=True):
+                    total[:, :, place[0], place[1]] += of_place
                     count[place] += 1
-            return total.div_(count).softmax(1)
+            return total.div_(count).log_softmax(1)
 
         def labels() -> np.ndarray:
-            self.probabilities = of_windows() if self.shape.window else of_scales()
-            return self.probabilities.argmax(1).to(torch.uint8).cpu().numpy()
+            self.scores = of_windows() if self.shape.window else of_scales()
+            return self.scores.argmax(1).to(torch.uint8).cpu().numpy()
 
         return labels
 
@@ -193,7 +194,7 @@ class InferenceTrial:
         labels = torch.from_numpy(self.function(implementation)().astype(np.int64)).to(DEVICE)
         if self.expected is None:
             self.function("float32")()
-            self.expected = (self.probabilities / self.probabilities.sum(1, keepdim=True)).log()
+            self.expected = self.scores
         chosen = self.expected.gather(1, labels[:, None])[:, 0]
         short = (self.expected.amax(1) - chosen).flatten()
         worse = short[:: max(len(short) >> 22, 1)].quantile(0.99)  # which takes 2^24 numbers at the most
