@@ -10,8 +10,12 @@ from typing import IO
 
 
 @contextlib.contextmanager
-def replacing(path: str | Path) -> Iterator[IO[bytes]]:
-    """A binary file to write to; it replaces ``path`` when the block ends well, else ``path`` stays as it was."""
+def replacing(path: str | Path, previous: str | Path | None = None) -> Iterator[IO[bytes]]:
+    """A binary file to write to; it replaces ``path`` when the block ends well, else ``path`` stays as it was.
+
+    What ``path`` was until then is kept as ``previous``, where one is given. Wherever the process is killed, or the
+    power fails, at least one of the two is whole.
+    """
     path = Path(path)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
@@ -20,9 +24,12 @@ def replacing(path: str | Path) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
+        if previous is not None and path.exists():
+            _keep(path, previous)
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        with contextlib.suppress(OSError):  # it may have gone with its folder
+            os.unlink(temporary)
         raise
     _sync_folder(path.parent)
 
@@ -31,6 +38,16 @@ def write_text(path: str | Path, text: str) -> None:
     """``text`` as the whole content of ``path``, in UTF-8."""
     with replacing(path) as file:
         file.write(text.encode())
+
+
+def _keep(path: Path, previous: str | Path) -> None:
+    """``previous`` becomes a second name of ``path``; on a file system that has no hard links, its only one."""
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(previous)
+        os.link(path, previous)
+    except OSError:
+        os.replace(path, previous)
 
 
 _UMASK = threading.Lock()

@@ -10,6 +10,9 @@ A training checkpoint is one dictionary of tensors and plain values::
     config, optimizer, scaler, random, position      what the trainer needs to continue
 
 Other people's files are read too: a bare state dict, or one below ``model``, ``state_dict`` or ``model_state_dict``.
+
+Each record of the file (a tensor, or the pickle of all that is no tensor) carries its CRC-32, as the zip format has it.
+``torch.save`` writes them and ``torch.load`` reads past them; :func:`read_file` compares.
 """
 
 import pickle
@@ -27,15 +30,23 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from dfn_fast.atomic import replacing
-from dfn_fast.errors import CheckpointError
+from dfn_fast.errors import CheckpointError, brief
+from dfn_fast.regular_file import require_regular
 
 STATE_DICT_KEYS = ("model", "state_dict", "model_state_dict")
 TORCH_SUFFIXES = (".pth", ".pt", ".ckpt", ".tar")
+ZIP = b"PK\x03\x04"  # what torch.save's files begin with
 SHOWN = 5  # names of each kind in the text of a mismatch
+EXCERPT = 500  # characters of names in any text
+MAX_NESTING = 10  # of a state dict in a checkpoint
+SLACK = 1 << 20  # bytes that an archive may unpack to beyond its size: others than ours compress their small parts
+DTYPES = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool, torch.uint8}
+DTYPES |= {torch.int8, torch.int16, torch.int32, torch.int64}
 
 
-def save_atomic(content: dict[str, Any], path: str | Path) -> None:
-    """``torch.save`` to a temporary file that takes the name ``path`` when it is whole and on disk.
+def save_atomic(content: dict[str, Any], path: str | Path, previous: str | Path | None = None) -> None:
+    """``torch.save`` to a temporary file that takes the name ``path`` when it is whole and on disk; the file that had
+    this name becomes ``previous``, where one is given.
 
     Raises :class:`CheckpointError` where it cannot be written, or where ``content`` holds something that
     :func:`read_file` would refuse; the file that was there before is unchanged then.
@@ -43,7 +54,16 @@ def save_atomic(content: dict[str, Any], path: str | Path) -> None:
     refused = _not_plain(content, "content")
     if refused:
         raise CheckpointError(f"{path}: {refused}, which could not be read back; save tensors and plain values only")
-    _write(Path(path), lambda file: torch.save(content, file))
+    _write(Path(path), lambda file: _save_with_checksums(content, file), previous)
+
+
+def _save_with_checksums(content: dict[str, Any], file: IO[bytes]) -> None:
+    wanted = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(True)  # whatever the program around us chose for its own files
+    try:
+        torch.save(content, file)
+    finally:
+        torch.serialization.set_crc32_options(wanted)
 
 
 def save_weights(model: nn.Module, path: str | Path) -> None:
@@ -59,9 +79,9 @@ def save_weights(model: nn.Module, path: str | Path) -> None:
         raise CheckpointError(f"{path}: expected one of the suffixes .safetensors {' '.join(TORCH_SUFFIXES)}")
 
 
-def _write(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+def _write(path: Path, write: Callable[[IO[bytes]], Any], previous: str | Path | None = None) -> None:
     try:
-        with replacing(path) as file:
+        with replacing(path, previous) as file:
             write(file)
     except (OSError, RuntimeError) as error:  # torch.save hides the system's error behind a RuntimeError of its own
         cause: BaseException | None = error
@@ -90,16 +110,15 @@ def read_file(path: str | Path) -> dict[str, Any]:
     """The dictionary in a ``.safetensors`` file, or in one of any other suffix that ``torch.save`` wrote, on the CPU.
 
     Code in the file is never run. Raises :class:`CheckpointError` that says whether the file is missing, empty, cut
-    short, no checkpoint at all, or holds more than tensors and plain values.
+    short, damaged, no checkpoint at all, or holds more than tensors and plain values.
     """
     path = Path(path)
+    require_regular(path, CheckpointError, "checkpoint")
     try:
         with path.open("rb") as file:
             head = file.read(16)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: this checkpoint does not exist; check the name and the folder") from None
-    except IsADirectoryError:
-        raise CheckpointError(f"{path}: expected a checkpoint file, got a folder; name a file in it") from None
     except OSError as error:
         raise CheckpointError(f"{path}: this checkpoint cannot be read ({error.strerror})") from error
     if not head:
@@ -107,7 +126,11 @@ def read_file(path: str | Path) -> dict[str, Any]:
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
+        if head.startswith(ZIP):
+            _require_whole(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
     except Exception as error:  # a damaged pickle can raise anything
         _explain(path, head, error)
     if not isinstance(content, dict):
@@ -115,16 +138,36 @@ def read_file(path: str | Path) -> dict[str, Any]:
     return content
 
 
+def _require_whole(path: Path) -> None:
+    """Raises :class:`CheckpointError` for an archive that unpacks to more than it is, torch.save compressing nothing,
+    and for one with a record that does not fit its CRC-32.
+    """
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(record.file_size for record in archive.infolist())
+        if unpacked > path.stat().st_size + SLACK:
+            raise CheckpointError(
+                f"{path}: this checkpoint would unpack to {unpacked} bytes from {path.stat().st_size}; torch.save does "
+                "not compress, so it is damaged or made to fill the memory; copy or download it again"
+            )
+        written = any(record.CRC for record in archive.infolist())  # all 0: torch.save was told to leave them out
+        damaged = archive.testzip() if written else None
+    if damaged:
+        raise CheckpointError(
+            f"{path}: this checkpoint is damaged (the checksum of its record {damaged!r} does not fit); "
+            "copy or download it again, or use the one before"
+        )
+
+
 def _explain(path: Path, head: bytes, error: Exception) -> NoReturn:
     """Raises the :class:`CheckpointError` for a file that exists and does not load. PyTorch's own text is left out:
     it advises loading the file with the code in it."""
     damaged = CheckpointError(f"{path}: this checkpoint is truncated or damaged; copy or download it again")
-    is_zip, is_pickle = head.startswith(b"PK\x03\x04"), head.startswith(b"\x80")
-    members = zipfile.ZipFile(path).namelist() if is_zip and zipfile.is_zipfile(path) else []
+    is_zip, is_pickle = head.startswith(ZIP), head.startswith(b"\x80")
+    members = _members(path) if is_zip else []
     has_pickle = is_pickle or any(name.endswith("/data.pkl") for name in members)
     is_script = any(name.endswith("/constants.pkl") for name in members)
     if isinstance(error, MemoryError):
-        raise error
+        raise CheckpointError(f"{path}: this checkpoint does not fit into memory, or is damaged") from error
     if isinstance(error, SafetensorError):
         if head[8:9] == b"{":
             raise damaged from error
@@ -133,7 +176,7 @@ def _explain(path: Path, head: bytes, error: Exception) -> NoReturn:
         if not (name or is_script or is_pickle):
             raise damaged from error
         raise CheckpointError(
-            f"{path}: this file has code in it ({name[1] if name else 'Python objects'}): loading it could run "
+            f"{path}: this file has code in it ({name[1][:100] if name else 'Python objects'}): loading it could run "
             "anything, so it is refused. Where it was made, save the weights alone, torch.save(model.state_dict(), "
             "FILE) or safetensors, and give that file"
         ) from error
@@ -145,23 +188,48 @@ def _explain(path: Path, head: bytes, error: Exception) -> NoReturn:
     ) from error
 
 
+def _members(path: Path) -> list[str]:
+    """The names in a zip archive; none where its directory cannot be read."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.namelist()
+    except Exception:  # zipfile raises nearly anything for a damaged directory
+        return []
+
+
 def state_dict_of(content: Mapping[str, Any], where: str = "the checkpoint") -> dict[str, Tensor]:
     """The state dict in a checkpoint's content, bare or below one of ``STATE_DICT_KEYS``, under plain names: without
     the ``module.`` of (Distributed)DataParallel and the ``_orig_mod.`` of ``torch.compile``, however they are nested.
     """
-    for key in STATE_DICT_KEYS:
-        if isinstance(content.get(key), Mapping):
-            return state_dict_of(content[key], where)
+    for _ in range(MAX_NESTING):
+        below = next((content[key] for key in STATE_DICT_KEYS if isinstance(content.get(key), Mapping)), None)
+        if below is None:
+            break
+        content = below
     tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
     if not tensors:
-        found = ", ".join(map(str, list(content)[:SHOWN])) or "nothing"
+        found = ", ".join(name if isinstance(name, str) else brief(name) for name in list(content)[:SHOWN])
         raise CheckpointError(
-            f"{where}: expected a state dict, bare or below {', '.join(map(repr, STATE_DICT_KEYS))}; found {found}"
+            f"{where}: expected a state dict, bare or below {', '.join(map(repr, STATE_DICT_KEYS))}; found "
+            f"{found[:EXCERPT] or 'nothing'}"
+        )
+    lying = [name for name, tensor in tensors.items() if not _is_plain_tensor(tensor)]
+    if lying:
+        raise CheckpointError(
+            f"{where}: {len(lying)} tensors have values that are not in the file, or not one by one: "
+            f"{', '.join(lying[:SHOWN])[:EXCERPT]}; save dense tensors of real numbers"
         )
     state = {_plain_name(name): tensor for name, tensor in tensors.items()}
     if len(state) < len(tensors):
         raise CheckpointError(f"{where}: holds the same weights twice, with and without the prefix of a wrapper")
     return state
+
+
+def _is_plain_tensor(tensor: Tensor) -> bool:
+    """Whether each element is a number in memory; a stride of 0 makes gigabytes of one number."""
+    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_meta or tensor.dtype not in DTYPES:
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def _plain_name(name: str) -> str:
@@ -186,7 +254,7 @@ class Mismatch:
         shapes = [f"{name} (model {list(ours)}, file {list(theirs)})" for name, ours, theirs in self.wrong_shape]
         kinds = {"missing": self.missing, "unexpected": self.unexpected, "wrong shape": shapes}
         return "; ".join(
-            f"{len(names)} {kind}: {', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''}"
+            f"{len(names)} {kind}: {', '.join(names[:SHOWN])[:EXCERPT]}{', ...' if len(names) > SHOWN else ''}"
             for kind, names in kinds.items()
             if names
         )
@@ -222,7 +290,7 @@ def load_weights(
     broken = [n for n, t in fitting.items() if not torch.isfinite(t).all()]
     if broken:
         raise CheckpointError(
-            f"{where}: {len(broken)} tensors hold nan or infinity: {', '.join(broken[:SHOWN])}. "
+            f"{where}: {len(broken)} tensors hold nan or infinity: {', '.join(broken[:SHOWN])[:EXCERPT]}. "
             "Use a checkpoint from before the training diverged"
         )
     model.load_state_dict({own[n][0]: t for n, t in fitting.items()}, strict=False)

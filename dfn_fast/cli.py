@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import errno
+import io
 import re
 import sys
 from collections.abc import Callable, Iterable
@@ -58,6 +59,8 @@ def size(text: str) -> tuple[int, int]:
 
 def run(main: Callable[[], int | None]) -> None:
     """Runs a command line's ``main`` and exits: 2 with the text of a :class:`UserError`, else what ``main`` returns."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no text
     try:
         code = main()
     except UserError as error:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,10 +10,12 @@ from typing import Any
 
 from dfn_fast.backbone import LAYERS, STEMS
 from dfn_fast.cli import nearest
-from dfn_fast.errors import ConfigError
+from dfn_fast.errors import ConfigError, brief
+from dfn_fast.regular_file import MAX_TEXT, require_regular
 
 MODELS = ("fast", "reference")
 MEMORY = ("off", "norm", "blocks")
+LARGEST = 1 << 62  # of whole numbers: within what PyTorch and NumPy take
 PAPER_SCALES = (0.5, 0.75, 1.0, 1.5, 1.75)
 
 
@@ -39,7 +42,15 @@ class TrainConfig:
     scales: tuple[float, ...] = option(PAPER_SCALES, "data", "random scales of the training images")
     flip: bool = option(True, "data", "flip half of the training images left to right")
     border_width: int = option(7, "data", "width of the border targets in pixels, odd", minimum=1)
+    allow_outside_root: bool = option(False, "data", "let lists name files that are not below --root")
     workers: int = option(4, "data", "processes that load images; 0 loads in the main one", minimum=0)
+    loader_timeout: float = option(
+        300.0,
+        "data",
+        "seconds after which a batch that does not come is an error, which names the sample; 0: wait for ever, as "
+        "--workers 0 does",
+        minimum=0,
+    )
 
     model: str = option(
         "fast", "network", "FastDFN or the plain ReferenceDFN: same weights, same results up to rounding", MODELS
@@ -72,7 +83,9 @@ class TrainConfig:
 
     epochs: int = option(40, "optimiser", "passes over the training images", minimum=1)
     iterations: int | None = option(None, "optimiser", "optimiser steps in all, instead of --epochs", minimum=1)
-    batch_size: int = option(32, "optimiser", "images of one forward pass", minimum=1)
+    batch_size: int = option(
+        32, "optimiser", "images of one forward pass, of all processes together under torchrun", minimum=1
+    )
     accumulate: int = option(1, "optimiser", "forward passes whose gradients one step averages", minimum=1)
     lr: float = option(4e-3, "optimiser", "learning rate of the backbone at the start", minimum=0)
     new_layer_lr: float = option(
@@ -107,6 +120,9 @@ class TrainConfig:
         "0.4 to 0.55 x and 1.3 to 1.4 x",
         MEMORY,
     )
+    fsdp: bool = option(
+        False, "execution", "deal weights, gradients and momenta out to the processes of torchrun: less memory for each"
+    )
     deterministic: bool = option(False, "execution", "deterministic algorithms only, slower on a GPU")
     seed: int = option(0, "execution", "seed of the weights, of the order and of the augmentation", minimum=0)
 
@@ -122,12 +138,15 @@ class TrainConfig:
         for f in dataclasses.fields(self):
             value, limit, choices = getattr(self, f.name), f.metadata["minimum"], f.metadata["choices"]
             if limit is not None and value is not None and not value >= limit:
-                raise ConfigError(f"--{dashed(f.name)} must be at least {limit:g}, got {value}")
+                raise ConfigError(f"--{dashed(f.name)} must be at least {limit:g}, got {brief(value)}")
             if choices and value not in choices:
                 raise ConfigError(
-                    f"--{dashed(f.name)} must be one of {', '.join(choices)}, got {value!r}"
-                    + nearest(str(value), choices)
+                    f"--{dashed(f.name)} must be one of {', '.join(choices)}, got {brief(value)}"
+                    + nearest(str(value)[:80], choices)
                 )
+            numbers = value if isinstance(value, tuple) else (value,)
+            if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+                raise ConfigError(f"--{dashed(f.name)} must be finite, got {value}")
         if min(self.crop) < 32:
             raise ConfigError(
                 f"--crop {self.crop[0]}x{self.crop[1]} is too small: the network needs 32 x 32 pixels or more"
@@ -144,6 +163,10 @@ class TrainConfig:
 
         if self.memory != "off" and self.model != "fast":
             raise ConfigError(f"--memory {self.memory} needs --model fast; the reference keeps every activation")
+        if self.fsdp and (self.compile or self.cuda_graph):
+            raise ConfigError("--fsdp gathers weights in the midst of a step; leave out --compile and --cuda-graph")
+        if self.fsdp and self.amp == "fp16":
+            raise ConfigError("--fsdp --amp fp16: each process would scale and skip steps by its own shard; use bf16")
         if self.cuda_graph and self.accumulate > 1:
             raise ConfigError(
                 "--cuda-graph overwrites the gradients at each pass and cannot add those of several; "
@@ -167,9 +190,12 @@ class TrainConfig:
         checked = {}
         for name, value in values.items():
             if name not in types:
-                raise ConfigError(f"{where}: unknown field {name!r}" + nearest(name, types))
+                raise ConfigError(f"{where}: unknown field {brief(name)}" + nearest(name[:80], types))
             checked[name] = _convert(value, types[name], f"{where}: field {name!r}")
-        return cls(**checked)
+        try:
+            return cls(**checked)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from error
 
 
 def _convert(value: Any, kind: Any, what: str) -> Any:
@@ -186,13 +212,15 @@ def _convert(value: Any, kind: Any, what: str) -> Any:
                 return tuple(element(item) for item in items)
         elif typing.get_origin(one) is None and one is not type(None) and _is(value, one):
             return one(value)
-    raise ConfigError(f"{what} expects {getattr(kind, '__name__', kind)}, got {value!r}")
+    raise ConfigError(f"{what} expects {getattr(kind, '__name__', kind)}, got {brief(value)}")
 
 
 def _is(value: Any, kind: type) -> bool:
     if isinstance(value, bool):
         return kind is bool
-    return isinstance(value, int | float) if kind is float else isinstance(value, kind)
+    if isinstance(value, int):
+        return kind in (int, float) and abs(value) <= LARGEST
+    return isinstance(value, kind)
 
 
 def dashed(name: str) -> str:
@@ -202,11 +230,12 @@ def dashed(name: str) -> str:
 
 def load_config(path: str | Path) -> TrainConfig:
     """The configuration that a run saved as ``config.json``."""
+    require_regular(path, ConfigError, "configuration file", MAX_TEXT)
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: this configuration file does not exist") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: expected a run's config.json ({error})") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a run's config.json, an object of fields")

@@ -21,13 +21,15 @@ from dfn_fast.atomic import write_text
 from dfn_fast.border import border_targets
 from dfn_fast.data.base import SegmentationDataset
 from dfn_fast.data.registry import DATASETS, build_dataset
+from dfn_fast.distributed import ALONE, World, processes
 from dfn_fast.errors import ConfigError
 from dfn_fast.inference import Predictor
 from dfn_fast.inference_options import IMAGES_BAR, add_inference_options, predictor_from
+from dfn_fast.interrupt import Stopped
 from dfn_fast.loading import LoadedModel, load_model
 from dfn_fast.metrics import BorderScore, BoundaryFScore, ConfusionMatrix
 from dfn_fast.run_folder import finite
-from dfn_fast.training import choose_device
+from dfn_fast.training import choose_algorithms, choose_device
 
 EXAMPLES = """\
 examples:
@@ -137,6 +139,7 @@ def evaluate(
     limit: int | None = None,
     progress: bool = False,
     on_image: Callable[[], None] | None = None,
+    world: World = ALONE,
 ) -> Report:
     """Predicts the images of a data set one by one and measures; memory does not grow with their number.
 
@@ -145,7 +148,8 @@ def evaluate(
         border: measures the Border Network too, against targets of ``border_width``.
         limit: stops after the first ``limit`` images.
         progress: shows a bar, where standard error is a terminal.
-        on_image: called after each image; what it raises ends the evaluation.
+        on_image: called after each image; what it raises ends the evaluation, ``Stopped`` in all processes.
+        world: the processes that share the images; each gets the report of all of them.
 
     Raises :class:`ConfigError` where network and data set differ in their class count.
     """
@@ -154,17 +158,23 @@ def evaluate(
         raise ConfigError(f"the network has {predictor.model.num_classes} classes, data set {dataset.name!r} has {K}")
     confusion, contours, borders = ConfusionMatrix(K), BoundaryFScore(K), BorderScore()
     images = min(len(dataset), limit or len(dataset))
-    start = time.perf_counter()
-    for index in tqdm(range(images), disable=None if progress else True, **IMAGES_BAR):
-        sample = dataset[index]
-        prediction = predictor(sample.image)
-        confusion.update(sample.label, prediction)
-        if boundary:
-            contours.update(sample.label, prediction)
-        if border:
-            borders.update(border_targets(sample.label, border_width), predictor.border(sample.image))
-        if on_image is not None:
-            on_image()
+    start, stopped = time.perf_counter(), False
+    try:
+        for index in tqdm(images_of(world, images), disable=None if progress else True, **IMAGES_BAR):
+            sample = dataset[index]
+            prediction = predictor(sample.image)
+            confusion.update(sample.label, prediction)
+            if boundary:
+                contours.update(sample.label, prediction)
+            if border:
+                borders.update(border_targets(sample.label, border_width), predictor.border(sample.image))
+            if on_image is not None:
+                on_image()
+    except Stopped:
+        stopped = True
+    if world.any(stopped):  # the others wait for this process's counts
+        raise Stopped
+    add_up(world, confusion, contours, borders)
     return Report(
         dataset=dataset.name,
         split=dataset.split,
@@ -182,6 +192,24 @@ def evaluate(
         border={**borders.best(), "width": border_width} if border else None,
         seconds=time.perf_counter() - start,
     )
+
+
+def images_of(world: World, images: int) -> range:
+    """The images of this process: each belongs to one."""
+    return range(world.rank, images, world.size)
+
+
+def add_up(world: World, confusion: ConfusionMatrix, contours: BoundaryFScore, borders: BorderScore) -> None:
+    """Puts what all processes have counted into each one's metrics, by one sum over them."""
+    if world.size == 1:
+        return
+    # float64 holds counts below 2^53 exactly.
+    means = torch.tensor([contours.total, contours.images], dtype=torch.float64)
+    parts = [confusion.counts.cpu().double(), torch.from_numpy(borders.counts).double(), means]
+    summed = world.sum(torch.cat([part.flatten() for part in parts])).split([part.numel() for part in parts])
+    confusion.counts = summed[0].view_as(parts[0]).long()
+    borders.counts = summed[1].view_as(parts[1]).long().numpy()
+    contours.total, contours.images = float(summed[2][0]), int(summed[2][1])
 
 
 def versions() -> dict[str, str]:
@@ -214,9 +242,11 @@ def parser() -> cli.Parser:
     data.add_argument("--split", metavar="SPLIT", help="default: the data set's validation split")
     data.add_argument("--num-classes", type=int, metavar="N", help="of folder or list data (default: the checkpoint's)")
     data.add_argument("--classes", metavar="FILE", help="class names of folder or list data, one a line")
+    data.add_argument("--allow-outside-root", action="store_true", help="let lists name files not below --root")
     data.add_argument("--seed", type=int, default=0, metavar="N", help="of synthetic scenes (default: 0)")
     data.add_argument("--limit", type=int, metavar="N", help="the first N images alone")
     add_inference_options(result)
+    result.add_argument("--deterministic", action="store_true", help="the same bits each time, slower on a GPU")
     metrics = result.add_argument_group("metrics")
     metrics.add_argument(
         "--no-boundary", action="store_true", help="leave out the boundary F-score, the slowest metric"
@@ -235,7 +265,16 @@ def main(argv: list[str] | None = None) -> int:
         raise ConfigError(f"--limit {arguments.limit}: expected at least 1 image")
     if arguments.json is not None and not arguments.json.parent.is_dir():
         raise ConfigError(f"--json {arguments.json}: its folder does not exist; make it first")
-    loaded = load_model(arguments.checkpoint, choose_device(arguments.device))
+    if arguments.deterministic:
+        choose_algorithms(True)
+    with processes() as world:
+        measure(arguments, world)
+    return 0
+
+
+def measure(arguments: argparse.Namespace, world: World) -> None:
+    """The report that the options ask for, shown and written."""
+    loaded = load_model(arguments.checkpoint, choose_device(arguments.device, world))
     predictor = predictor_from(arguments, loaded.model)
     if arguments.border and not loaded.model.has_border:
         raise ConfigError(f"--border: {arguments.checkpoint} has no Border Network; leave the option out")
@@ -247,16 +286,16 @@ def main(argv: list[str] | None = None) -> int:
         border=arguments.border,
         border_width=arguments.border_width or loaded.border_width or 7,
         limit=arguments.limit,
-        progress=True,
+        progress=world.first,
+        world=world,
     )
     print(report.table())
-    if arguments.json is not None:
+    if arguments.json is not None and world.first:
         content = {"checkpoint": arguments.checkpoint, "device": str(predictor.device), **report.to_dict()}
         try:
             write_text(arguments.json, json.dumps(content, indent=2) + "\n")
         except OSError as error:
             raise ConfigError(f"--json {arguments.json} cannot be written ({error.strerror})") from error
-    return 0
 
 
 def dataset_from(arguments: argparse.Namespace, loaded: LoadedModel) -> SegmentationDataset:
@@ -277,6 +316,7 @@ def dataset_from(arguments: argparse.Namespace, loaded: LoadedModel) -> Segmenta
         arguments.split or entry.val,
         num_classes=loaded.model.num_classes if borrowed else num_classes,
         classes=arguments.classes,
+        allow_outside_root=arguments.allow_outside_root,
         seed=arguments.seed,
     )
     if borrowed:

@@ -147,7 +147,7 @@ class Predictor:
         Raises :class:`UserError` where the network's scores are not finite, or memory does not suffice.
         """
         if isinstance(image, Tensor):
-            check_image(image[0] if image.ndim == 4 else image)
+            check_image(image[0] if image.ndim == 4 and len(image) else image)
             batch = image if image.ndim == 4 else image[None]
             with memory_advice(batch.shape[1:3]):
                 labels, _ = self._labels(batch.to(self.device))
@@ -358,7 +358,9 @@ class Predictor:
         """Stride-4 scores of normalised images ``[B, 3, h, w]``; half as many at a time where memory ends."""
         network = self.network
         if self.compile and self._compiled is None:
-            options: Any = {"freezing": True} if x.device.type == "cpu" else None
+            # On a GPU Inductor chooses among kernels by timing them, unless told not to.
+            timeless = {"deterministic": torch.are_deterministic_algorithms_enabled()}
+            options: Any = {"freezing": True} if x.device.type == "cpu" else timeless
             self._compiled = torch.compile(network.scores, options=options)
         try:
             return self._compiled(x) if self.compile else network.scores(x)

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from dfn_fast.backbone import LAYERS, BasicBlock, Bottleneck
 from dfn_fast.checkpoint import Mismatch, load_weights, read_file, state_dict_of
-from dfn_fast.errors import CheckpointError
+from dfn_fast.errors import CheckpointError, brief
 from dfn_fast.model import FastDFN
+from dfn_fast.model_config import build, checked_config
 from dfn_fast.pretrained_folder import read_folder
 
 FORMAT = 1
@@ -48,29 +49,40 @@ def load_model(
     """
     content = read_folder(path) if Path(path).is_dir() else read_file(path)
     ours = "model_config" in content
-    if ours and content.get("format") != FORMAT:
+    found = content.get("format")
+    if ours and (type(found) is not int or found != FORMAT):
         raise CheckpointError(
-            f"{path}: expected checkpoint format {FORMAT}, got {content.get('format')!r}; "
+            f"{path}: expected checkpoint format {FORMAT}, got {brief(found)}; "
             "use the version of dfn_fast that wrote it, or save its weights alone there"
         )
-    config = dict(content["model_config"]) if ours else infer_model_config(state_dict_of(content, str(path)), str(path))
+    state = state_dict_of(content, str(path))
+    given = content["model_config"] if ours else infer_model_config(state, str(path))
+    config = checked_config(given, state, str(path))
     if num_classes is not None and config["num_classes"] != num_classes:
         raise CheckpointError(
             f"{path}: this network has {config['num_classes']} classes, but {num_classes} are needed; "
             "choose the data set that it was trained on, or another checkpoint"
         )
     classes, palette = _class_table(content, config["num_classes"], path)
-    with torch.random.fork_rng(devices=[]):  # the initial weights are not kept: they must not cost the caller's draws
-        try:
-            model = FastDFN(**config)
-        except (TypeError, ValueError) as error:
-            raise CheckpointError(f"{path}: its model_config {config} builds no network ({error})") from error
-    mismatch = load_weights(model, content, strict=strict, where=str(path))
+    model = build(FastDFN, config)
+    mismatch = load_weights(model, state, strict=strict, where=str(path))
     model.to(device).eval()
     if channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    dataset, training = (content.get("dataset"), content.get("config") or {}) if ours else (None, {})
-    return LoadedModel(model, config, classes, palette, dataset, mismatch, training.get("border_width"))
+    dataset, border_width = _training(content, path) if ours else (None, None)
+    return LoadedModel(model, config, classes, palette, dataset, mismatch, border_width)
+
+
+def _training(content: Mapping[str, Any], path: str | Path) -> tuple[str | None, int | None]:
+    """The data set and the border width that a checkpoint of ours was trained with, where it says."""
+    dataset, config = content.get("dataset"), content.get("config") or {}
+    border_width = config.get("border_width") if isinstance(config, Mapping) else config
+    if not isinstance(dataset, str | None) or not isinstance(border_width, int | None):
+        raise CheckpointError(
+            f"{path}: expected a data set's name and a border width, got {brief(dataset)} and {brief(border_width)}; "
+            "copy or save the checkpoint again"
+        )
+    return dataset, border_width
 
 
 def _class_table(content: Mapping[str, Any], num_classes: int, path: str | Path) -> tuple[tuple[str, ...], np.ndarray]:
@@ -79,16 +91,29 @@ def _class_table(content: Mapping[str, Any], num_classes: int, path: str | Path)
     from dfn_fast.data.voc import VocDataset, voc_palette
 
     if "classes" in content and "palette" in content:
-        classes, palette = tuple(content["classes"]), np.array(content["palette"], np.uint8)
-        if len(classes) != num_classes or palette.shape != (num_classes, 3):
+        classes, palette = content["classes"], content["palette"]
+        if not (_is_list(classes, str) and _is_list(palette, list | tuple) and all(map(_is_colour, palette))):
+            raise CheckpointError(
+                f"{path}: expected names and colours [r, g, b] of 0..255, got {brief(classes)} and {brief(palette)}; "
+                "copy or save the checkpoint again"
+            )
+        if not len(classes) == len(palette) == num_classes:
             raise CheckpointError(
                 f"{path}: expected names and colours of {num_classes} classes, got {len(classes)} and {len(palette)}"
             )
-        return classes, palette
+        return tuple(classes), np.array(palette, np.uint8)
     for known in (VocDataset, CityscapesDataset, CamVidDataset):
         if len(known.classes) == num_classes:
             return known.classes, known.palette.copy()
     return tuple(f"class {i}" for i in range(num_classes)), voc_palette(num_classes)
+
+
+def _is_list(value: Any, kind: Any) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(item, kind) for item in value)
+
+
+def _is_colour(value: Any) -> bool:
+    return _is_list(value, int) and len(value) == 3 and all(0 <= channel <= 255 for channel in value)
 
 
 def infer_model_config(state: Mapping[str, Tensor], where: str = "the checkpoint") -> dict[str, Any]:
@@ -100,6 +125,8 @@ def infer_model_config(state: Mapping[str, Tensor], where: str = "the checkpoint
     def out_channels(name: str) -> int:
         if name not in state:
             raise CheckpointError(f"{where}: expected the weights of a DFN, but there is no {name}")
+        if state[name].ndim != 4:
+            raise CheckpointError(f"{where}: expected the weights of a DFN, but {name} is no convolution")
         return state[name].shape[0]
 
     if "layer1.0.conv1.weight" in state:

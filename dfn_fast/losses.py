@@ -97,10 +97,18 @@ def dfn_loss(
     criterion: Criterion,
     aux_criterion: Criterion,
     border_weight: float,
+    shares: Tensor | None = None,
 ) -> Tensor:
-    """Eq. 7: ``sum of criterion(smooth score) + border_weight * sum of aux_criterion(border score)``."""
+    """Eq. 7: ``sum of criterion(smooth score) + border_weight * sum of aux_criterion(border score)``.
+
+    ``shares`` ``[2]``: factors of both sums, for a process that has a part of the batch alone.
+    """
     loss = torch.stack([criterion(score, labels) for score in smooth_scores]).sum()
+    if shares is not None:
+        loss = loss * shares[0]
     if border_scores and border_weight:
         borders = torch.stack([aux_criterion(score, border_targets) for score in border_scores]).sum()
+        if shares is not None:
+            borders = borders * shares[1]
         loss = loss + border_weight * borders
     return loss

@@ -213,7 +213,7 @@ class BorderScore:
 
 
 def _integers(values: np.ndarray | Tensor, what: str) -> Tensor:
-    tensor = values if isinstance(values, Tensor) else torch.from_numpy(np.ascontiguousarray(values))
+    tensor = values if isinstance(values, Tensor) else torch.from_numpy(np.require(values, requirements=["C", "W"]))
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
         raise ValueError(f"{what}: expected integers, got {tensor.dtype}")
     return tensor.long()

@@ -27,11 +27,17 @@ class FastDFN(ReferenceDFN):
     savings = Savings()
     memory = "off"  # what the backward pass computes again, see :mod:`dfn_fast.memory`
 
-    def forward(self, data: Tensor, label: Tensor | None = None, aux_label: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        data: Tensor,
+        label: Tensor | None = None,
+        aux_label: Tensor | None = None,
+        shares: Tensor | None = None,
+    ) -> Tensor:
         """Normalised RGB ``[B, 3, H, W]`` -> log-probabilities ``[B, K, H, W]``; with both labels, the loss (eq. 7).
 
         ``label`` ``[B, H, W]`` holds class ids, ``aux_label`` ``[B, H, W]`` is 1 on borders and 0 elsewhere; 255 is
-        ignored in both. H and W are at least 32.
+        ignored in both. H and W are at least 32. ``shares``: see :func:`dfn_fast.losses.dfn_loss`.
         """
         with region("backbone"):
             stages = self.stages(data)
@@ -42,7 +48,7 @@ class FastDFN(ReferenceDFN):
         smooth = self.smooth_scores(stages)
         border = self.border_scores(stages) if self.has_border else []
         with region("losses"):
-            return dfn_loss(smooth, border, label, aux_label, self.smooth_loss, self.border_loss, self.alpha)
+            return dfn_loss(smooth, border, label, aux_label, self.smooth_loss, self.border_loss, self.alpha, shares)
 
     def smooth_loss(self, score: Tensor, label: Tensor) -> Tensor:
         """``criterion`` of a small score ``[B, K, h, w]``, resized to the size of the labels (eq. 5)."""

@@ -22,11 +22,12 @@ examples:
   python -m dfn_fast.train camvid --root CamVid --backbone resnet18 --channels 128
   python -m dfn_fast.train voc --root VOCdevkit --preset torchseg --output-dir runs/torchseg
   python -m dfn_fast.train voc --resume --output-dir runs/torchseg
+  torchrun --nproc_per_node=8 -m dfn_fast.train voc --root VOCdevkit
 """
 
 # What may differ between a run and its continuation: it changes where and how fast, not what is computed.
 RESUMABLE = {"root", "workers", "device", "log_every", "val_every", "checkpoint_every", "tensorboard", "output_dir"}
-RESUMABLE |= {"memory", "cuda_graph"}
+RESUMABLE |= {"memory", "cuda_graph", "fsdp", "allow_outside_root", "loader_timeout"}
 
 
 def parser() -> cli.Parser:

@@ -1,13 +1,14 @@
 """What `predict` has to do: the images and videos of its INPUTs, and the files that come of each."""
 
 import argparse
+import os
 import re
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dfn_fast.data.pairing import files_by_stem, read_lines
+from dfn_fast.data.pairing import files_by_stem, read_lines, shortened
 from dfn_fast.errors import ConfigError
 from dfn_fast.video import VIDEO_SUFFIXES, is_live, is_video
 
@@ -137,11 +138,11 @@ def listed_sources(path: Path) -> list[tuple[str, str]]:
     sources = []
     for number, line in read_lines(path):
         candidates = [line.split("\t")[0].strip(), line.split()[0]]  # a space may belong to the path or end it
-        found = ((c, folder / c) for c in candidates for folder in (path.parent, Path()) if (folder / c).is_file())
+        found = ((c, folder / c) for c in candidates for folder in (path.parent, Path()) if os.path.isfile(folder / c))
         text, image = next(found, (None, None))
         if text is None or image is None:
             raise ConfigError(
-                f"{path}:{number}: {candidates[0]} exists neither in {path.parent} nor in the current folder"
+                f"{path}:{number}: {shortened(candidates[0])} exists neither in {path.parent} nor in the current folder"
             )
         name = Path(text).with_suffix("")
         keep = not name.is_absolute() and ".." not in name.parts

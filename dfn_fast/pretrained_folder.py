@@ -22,8 +22,10 @@ import torch
 from dfn_fast import cli
 from dfn_fast.atomic import replacing
 from dfn_fast.checkpoint import load_weights, read_file
-from dfn_fast.errors import CheckpointError, ConfigError
+from dfn_fast.errors import CheckpointError, ConfigError, brief
+from dfn_fast.model_config import build, checked_config
 from dfn_fast.reference import ReferenceDFN
+from dfn_fast.regular_file import MAX_TEXT, require_regular
 
 FORMAT = 1
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -109,7 +111,8 @@ def read_folder(folder: str | Path) -> dict[str, Any]:
             f"{folder}: {WEIGHTS} and {CONFIG} do not belong together (the checksums differ): one was replaced, is "
             "damaged, or saving was interrupted; copy or save both again"
         )
-    content = {"format": FORMAT, "model": state, "model_config": config["model_config"]}
+    network = checked_config(config["model_config"], state, str(folder))
+    content = {"format": FORMAT, "model": state, "model_config": network}
     return content | {name: config[name] for name in ("classes", "palette") if name in config}
 
 
@@ -118,18 +121,19 @@ def _read_config(folder: Path) -> dict[str, Any]:
         state = "this is a file; dfn_fast.loading.load_model reads it" if folder.exists() else "it does not exist"
         raise CheckpointError(f"{folder}: expected a folder that save_pretrained wrote, but {state}")
     path = folder / CONFIG
+    require_regular(path, CheckpointError, "configuration", MAX_TEXT)
     try:
         config = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist; expected a folder that save_pretrained wrote") from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is no JSON ({error}); copy or save the folder again") from error
     found = config.get("format") if isinstance(config, dict) else config
     if found != FORMAT:
         raise CheckpointError(
-            f"{path}: expected format {FORMAT}, got {found!r}; use the version of dfn_fast that wrote it"
+            f"{path}: expected format {FORMAT}, got {brief(found)}; use the version of dfn_fast that wrote it"
         )
     _check_keys(config, path)
     return config
@@ -146,7 +150,7 @@ def _check_keys(config: dict[str, Any], path: Path) -> None:
     for where, (given, names) in known.items():
         for name in given:
             if name not in names:
-                raise CheckpointError(f"{path}: {where}unknown key {name!r}{cli.nearest(name, names)}")
+                raise CheckpointError(f"{path}: {where}unknown key {brief(name)}{cli.nearest(name[:80], names)}")
 
 
 def load_folder(
@@ -173,11 +177,10 @@ def load_folder(
     # Set after loading: what a criterion holds, such as class weights, is in no file.
     criteria = {name: overrides.pop(name) for name in CRITERIA if name in overrides}
     config = {**content["model_config"], **overrides}
-    with torch.random.fork_rng(devices=[]):  # the initial weights are not kept: they must not cost the caller's draws
-        try:
-            model = cls(**config)
-        except (TypeError, ValueError) as error:
-            raise CheckpointError(f"{path}: its model_config {config} builds no network ({error})") from error
+    try:
+        model = build(cls, config)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: its model_config {config} builds no network ({error})") from error
     load_weights(model, content["model"], where=str(path))
     for name, criterion in criteria.items():
         if criterion is not None:
@@ -197,7 +200,9 @@ def _check_class_count(content: dict[str, Any], path: str | Path, overrides: dic
             "what fits with dfn_fast.checkpoint.load_weights(model, FOLDER/model.safetensors, strict=False)"
         )
     for name in ("classes", "palette"):
-        if len(content.get(name, range(num_classes))) != num_classes:
+        given = content.get(name, [None] * num_classes)
+        if not isinstance(given, list) or len(given) != num_classes:
+            count = len(given) if isinstance(given, list) else brief(given)
             raise CheckpointError(
-                f"{path}: expected {name} of {num_classes} classes, got {len(content[name])}; save the folder again"
+                f"{path}: expected {name} of {num_classes} classes, got {count}; save the folder again"
             )

@@ -191,16 +191,22 @@ class ReferenceDFN(nn.Module):
 
         return FusedDFN(self, return_border=return_border, dtype=dtype, plain=plain)
 
-    def forward(self, data: Tensor, label: Tensor | None = None, aux_label: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        data: Tensor,
+        label: Tensor | None = None,
+        aux_label: Tensor | None = None,
+        shares: Tensor | None = None,
+    ) -> Tensor:
         """Normalised RGB ``[B, 3, H, W]`` -> log-probabilities ``[B, K, H, W]``; with both labels, the loss (eq. 7).
 
         ``label`` ``[B, H, W]`` holds class ids, ``aux_label`` ``[B, H, W]`` is 1 on borders and 0 elsewhere; 255 is
-        ignored in both. H and W are at least 32.
+        ignored in both. H and W are at least 32. ``shares``: see :func:`dfn_fast.losses.dfn_loss`.
         """
         if label is None or aux_label is None:
             return F.log_softmax(self.smooth_network(self.stages(data), data.shape[2:])[-1], dim=1)
         scores = self.scores(data)
-        return dfn_loss(*scores, label, aux_label, self.criterion, self.aux_criterion, self.alpha)
+        return dfn_loss(*scores, label, aux_label, self.criterion, self.aux_criterion, self.alpha, shares)
 
     def scores(self, data: Tensor) -> Scores:
         """The scores of all heads before softmax and sigmoid; what the losses see."""

@@ -11,34 +11,38 @@ from dfn_fast.errors import ConfigError
 from dfn_fast.evaluate import Report, evaluate, versions
 from dfn_fast.inference import Predictor
 from dfn_fast.interrupt import StopRequest
-from dfn_fast.run_folder import RunFolder
+from dfn_fast.reference import ReferenceDFN
+from dfn_fast.run_folder import RunFolder, naming
 from dfn_fast.training import Position, Trainer
 from dfn_fast.visualize import plot_curves, prediction_sheet
 
 SHEET_ROWS = 4
 
 
-def predictor_of(trainer: Trainer) -> Predictor:
-    """One scale, no flip, whole images, in the precision of the training."""
+def predictor_of(trainer: Trainer, network: ReferenceDFN) -> Predictor:
+    """``network``, at one scale, no flip, whole images, in the precision of the training."""
     amp = {torch.bfloat16: "bf16", torch.float16: "fp16", None: "off"}[trainer.amp]
-    return Predictor(trainer.model, device=trainer.device, amp=amp)
+    return Predictor(network, device=trainer.device, amp=amp)
 
 
 def validate(trainer: Trainer, dataset: SegmentationDataset, stop: StopRequest) -> Report:
     """Metrics of the network as it stands. Raises ``Stopped`` between two images on request."""
-    return evaluate(predictor_of(trainer), dataset, boundary=False, on_image=stop.raise_if_requested)
+    predictor = predictor_of(trainer, trainer.network())
+    return evaluate(predictor, dataset, boundary=False, on_image=stop.raise_if_requested, world=trainer.world)
 
 
-def draw(trainer: Trainer, dataset: SegmentationDataset, folder: RunFolder) -> None:
+def draw(trainer: Trainer, network: ReferenceDFN, dataset: SegmentationDataset, folder: RunFolder) -> None:
     """curves.png, and predictions.png for a few images spread over the split."""
-    plot_curves(folder.metrics(), folder.path / "curves.png")
-    predictor = predictor_of(trainer)
+    with naming(folder.path / "curves.png"):
+        plot_curves(folder.metrics(), folder.path / "curves.png")
+    predictor = predictor_of(trainer, network)
     rows = []
     for index in np.unique(np.linspace(0, len(dataset) - 1, SHEET_ROWS).astype(int)):
         sample = dataset[int(index)]
-        border = predictor.border(sample.image) if trainer.model.has_border else None
+        border = predictor.border(sample.image) if network.has_border else None
         rows.append((sample.image, sample.label, predictor(sample.image), border))
-    prediction_sheet(rows, dataset.classes, dataset.palette, folder.path / "predictions.png")
+    with naming(folder.path / "predictions.png"):
+        prediction_sheet(rows, dataset.classes, dataset.palette, folder.path / "predictions.png")
 
 
 def summarise(
@@ -52,6 +56,7 @@ def summarise(
         "images_per_second": images_per_second,
         "seconds": position.seconds,
         "iterations": position.iteration,
+        "skipped_steps": position.skipped_steps,
         "peak_memory_bytes": peak_memory_bytes(trainer.device),
         "split": f"{dataset.name} {dataset.split}",
         "scales": [1.0],

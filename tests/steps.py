@@ -7,19 +7,21 @@ import torch
 from dfn_fast.backbone import LAYERS, BasicBlock
 from dfn_fast.config import TrainConfig
 from dfn_fast.data.loader import Batch
+from dfn_fast.distributed import ALONE, norm_layer
 from dfn_fast.model import FastDFN
 from dfn_fast.training import Trainer
 
 CLASSES, COUNT = 5, 3  # a batch of 3: no weight has 3 outputs, so that shapes tell activations from weights
 
 
-def tiny_trainer(device="cpu", network=FastDFN, blocks=1, parts=None, **settings) -> Trainer:
+def tiny_trainer(device="cpu", network=FastDFN, blocks=1, parts=None, world=ALONE, **settings) -> Trainer:
     """A trainer with random, seeded weights; ``parts``: keyword arguments of the network, ``settings`` of the run."""
     torch.manual_seed(0)
     config = TrainConfig(**{"compile": False, "channels": 16, "border_channels": 6, "lr": 0.01, **settings})
     with patch.dict(LAYERS, tiny=(BasicBlock, (blocks,) * 4)):
-        model = network(CLASSES, **{**config.model_settings(), "backbone": "tiny", **(parts or {})})
-    return Trainer(model, config, 100, torch.device(device))
+        settings = {**config.model_settings(), "alpha": config.border_weight, "norm_layer": norm_layer(world)}
+        model = network(CLASSES, **{**settings, "backbone": "tiny", **(parts or {})})
+    return Trainer(model, config, 100, torch.device(device), world)
 
 
 def tiny_batch(size=(64, 64), seed=1) -> Batch:

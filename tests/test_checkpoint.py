@@ -162,6 +162,68 @@ def test_a_folder_that_does_not_exist_is_named(tmp_path):
 # Reading
 
 
+def flat(value):
+    """A nested checkpoint as plain, comparable values."""
+    if isinstance(value, dict):
+        return {key: flat(item) for key, item in value.items()}
+    return value.tolist() if isinstance(value, torch.Tensor) else value
+
+
+@pytest.mark.parametrize("harm", ["bit", "zeros"])
+def test_damage_anywhere_is_named_or_harmless(tmp_path, harm):
+    """A bit of each 37th byte of the file, in tensors, pickle and the archive's own tables; 64 zeros in each 64th."""
+    content = {"model": {name: torch.randn(40, 7) for name in "abc"}, "position": {"iteration": 7, "loss": 0.25}}
+    path = tmp_path / "run.pth"
+    save_atomic(content, path)
+    whole, expected, named = path.read_bytes(), flat(content), 0
+    places = range(4, len(whole), 37 if harm == "bit" else 64)
+    for i in places:
+        data = bytearray(whole)
+        if harm == "bit":
+            data[i] ^= 1 << (i % 8)
+        else:
+            data[i : i + 64] = bytes(min(64, len(data) - i))
+        path.write_bytes(data)
+        try:
+            assert flat(read_file(path)) == expected, i
+        except CheckpointError as error:
+            named += str(error).startswith(f"{path}: ")
+    assert named > 0.6 * len(places)  # the rest is padding, and what the archive says twice
+
+
+def test_a_changed_tensor_is_named_and_plain_torch_load_would_not_have_seen_it(tmp_path):
+    path = tmp_path / "run.pth"
+    save_atomic({"format": 1, "model": {"weight": torch.zeros(1000)}}, path)
+    data = bytearray(path.read_bytes())
+    data[data.index(bytes(3000)) + 1500] = 1
+    path.write_bytes(data)
+    assert torch.load(path, weights_only=True)["model"]["weight"].any()
+    with pytest.raises(CheckpointError, match=r"run\.pth: this checkpoint is damaged \(the checksum of .*data/0'"):
+        read_file(path)
+
+
+def test_ours_have_checksums_and_others_need_none(tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        save_atomic({"weight": torch.ones(9)}, tmp_path / "ours.pth")
+        torch.save({"weight": torch.ones(9)}, tmp_path / "others.pth")
+        assert not torch.serialization.get_crc32_options()
+    finally:
+        torch.serialization.set_crc32_options(True)
+    for name, has in (("ours.pth", True), ("others.pth", False)):
+        with zipfile.ZipFile(tmp_path / name) as archive:
+            assert any(record.CRC for record in archive.infolist()) == has
+        assert torch.equal(read_file(tmp_path / name)["weight"], torch.ones(9))
+
+
+def test_what_had_the_name_before_is_kept(tmp_path):
+    for iteration in range(3):
+        save_atomic({"iteration": iteration}, tmp_path / "last.pth", tmp_path / "previous.pth")
+    assert read_file(tmp_path / "last.pth") == {"iteration": 2}
+    assert read_file(tmp_path / "previous.pth") == {"iteration": 1}
+    assert sorted(os.listdir(tmp_path)) == ["last.pth", "previous.pth"]
+
+
 def test_missing_file_folder_and_empty_file_are_told_apart(tmp_path):
     (tmp_path / "empty.pth").touch()
     for name, text in (("none.pth", "does not exist"), ("", "got a folder"), ("empty.pth", r"is empty \(0 bytes\)")):
@@ -350,3 +412,139 @@ def test_a_configuration_that_cannot_be_inferred_is_an_error(change, text):
         state = ReferenceDFN(4, **SMALL).state_dict()
     with pytest.raises(CheckpointError, match=rf"my file: .*{text}"):
         infer_model_config(change(state), "my file")
+
+
+# Hostile content
+
+
+def expanded(shape, dtype=torch.float32):
+    """One number in the file, and any number of them in memory once they are asked for."""
+    return torch.zeros((), dtype=dtype).expand(shape)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"channels": 10**9}, "builds no network|parameters, but its weights have"),
+        ({"channels": 10**5}, r"asks for a network of \d+ parameters, but its weights have 16384 bytes"),
+        ({"num_classes": 10**6}, "asks for a network of|builds no network"),
+        ({"channels": 1024}, r"asks for a network of \d+ parameters, but its weights have 16384 bytes"),
+        ({"channels": 10**30}, "channels is 1000"),
+        ({"channels": True}, "channels is True"),
+        ({"channels": -1}, "channels is -1"),
+        ({"channels": 1.5}, r"channels is 1\.5"),
+        ({"border": "yes"}, "border is 'yes'"),
+        ({"backbone": ["resnet18"]}, r"backbone is \['resnet18'\]"),
+        ({"stem": "s" * 10**6}, "stem is 's"),
+        ({7: 1}, "unknown argument 7"),
+        ({"pretrained_model": "resnet18"}, "unknown argument 'pretrained_model'"),
+        ({"norm_layer": None}, "unknown argument 'norm_layer'"),
+    ],
+    ids=lambda value: next(iter(value), "") if isinstance(value, dict) else "",
+)
+@pytest.mark.parametrize("stretched", [False, True])
+def test_a_network_that_a_file_asks_for_is_checked_before_it_is_built(tmp_path, monkeypatch, changes, text, stretched):
+    settings = {"num_classes": 4, **SMALL, "stem": "deep", **changes}
+    state = {"smooth_pre_rrbs.0.conv_1x1.weight": torch.zeros(8, 512, 1, 1)}
+    if stretched:
+        state = {name: expanded(tensor.shape) for name, tensor in state.items()}
+        text = f"values that are not in the file|{text}"
+    save_atomic({"format": 1, "model": state, "model_config": settings}, tmp_path / "a.pth")
+    built = watch_networks(monkeypatch)
+    with pytest.raises(CheckpointError, match=rf"a\.pth: .*({text})") as caught:
+        load_model(tmp_path / "a.pth")
+    assert len(str(caught.value)) < 1000
+    assert not built
+
+
+def watch_networks(monkeypatch):
+    """The list of networks that are built from now on, but for those without memory."""
+    built = []
+    init = ReferenceDFN.__init__
+
+    def noted(self, *args, **settings):
+        if torch.get_default_device().type != "meta":
+            built.append(settings)
+        init(self, *args, **settings)
+
+    monkeypatch.setattr(ReferenceDFN, "__init__", noted)
+    return built
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        expanded((8, 512, 1, 1)),
+        torch.empty(8, 512, 1, 1, device="meta"),
+        torch.zeros(8, 512, 1, 1).to_sparse(),
+        torch.zeros(8, 512, 1, 1).to(torch.float8_e4m3fn),
+        torch.zeros(8, 512, 1, 1, dtype=torch.complex64),
+    ],
+    ids=["stretched", "meta", "sparse", "8 bits", "complex"],
+)
+def test_tensors_that_are_not_numbers_in_the_file_are_refused(tmp_path, tensor):
+    state = small_dfn().state_dict()
+    state["smooth_pre_rrbs.0.conv_1x1.weight"] = tensor
+    torch.save(state, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match=r"a\.pth: .*smooth_pre_rrbs\.0|a\.pth: this .* has code in it"):
+        load_model(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"classes": 4},
+        {"classes": [1, 2, 3, 4]},
+        {"palette": "red"},
+        {"palette": [[0, 0, 256]] * 4},
+        {"palette": [[0, 0]] * 4},
+        {"palette": [1, 2, 3, 4]},
+        {"dataset": ["voc"]},
+        {"config": [1]},
+        {"config": {"border_width": "wide"}},
+        {"format": torch.zeros(3)},
+        {"model_config": None},
+        {"model_config": 3},
+    ],
+    ids=str,
+)
+def test_wrong_types_beside_the_weights_are_named(tmp_path, small_checkpoint, changes):
+    torch.save({**small_checkpoint, **changes}, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match=r"a\.pth: "):
+        load_model(tmp_path / "a.pth")
+
+
+@pytest.fixture(scope="module")
+def small_checkpoint():
+    return training_checkpoint(small_dfn())
+
+
+def test_a_dictionary_that_holds_itself_ends(tmp_path):
+    content = {}
+    content["model"] = content
+    torch.save(content, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match=r"a\.pth: expected a state dict"):
+        load_model(tmp_path / "a.pth")
+
+
+def test_an_archive_that_unpacks_to_more_than_it_is_is_refused(tmp_path):
+    path = tmp_path / "bomb.pth"
+    torch.save({"weight": torch.zeros(1 << 20)}, path)
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    assert path.stat().st_size < 1 << 16
+    with pytest.raises(CheckpointError, match=r"bomb\.pth: this checkpoint would unpack to 41\d{5} bytes"):
+        read_file(path)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX")
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_what_never_ends_is_not_read(tmp_path, suffix):
+    os.mkfifo(tmp_path / f"pipe{suffix}")
+    (tmp_path / f"zero{suffix}").symlink_to("/dev/zero")
+    for name, kind in (("pipe", "pipe"), ("zero", "device")):
+        with pytest.raises(CheckpointError, match=rf"{name}\{suffix}: expected a regular file, got a {kind}"):
+            read_file(tmp_path / f"{name}{suffix}")

@@ -1,5 +1,7 @@
 import dataclasses
 import json
+import os
+import sys
 
 import pytest
 
@@ -118,6 +120,18 @@ def test_an_unknown_recipe_names_the_nearest():
         ('{"flip": 1}', "field 'flip' expects bool"),
         ("[]", "an object of fields"),
         ("{", "expected a run's config.json"),
+        ("[" * 100_000, "expected a run's config.json"),
+        ('{"a": ' * 100_000, "expected a run's config.json"),
+        ("\0", "expected a run's config.json"),
+        ('{"seed": 1' + "0" * 5000 + "}", "expected a run's config.json"),
+        ('{"lr": 1' + "0" * 400 + "}", "field 'lr' expects float, got 1000"),
+        ('{"seed": 1' + "0" * 40 + "}", "field 'seed' expects int"),
+        ('{"lr": Infinity}', "--lr must be finite, got inf"),
+        ('{"lr": NaN}', "--lr must be at least 0, got nan"),
+        ('{"scales": [1.0, NaN]}', "--scales must be finite"),
+        ('{"epochs": -1}', "--epochs must be at least 1, got -1"),
+        ('{"model": "' + "x" * 10**6 + '"}', "--model must be one of"),
+        ('{"' + "x" * 10**6 + '": 1}', "unknown field 'xxx"),
     ],
 )
 def test_a_wrong_configuration_file_is_named(text, message, tmp_path):
@@ -126,6 +140,14 @@ def test_a_wrong_configuration_file_is_named(text, message, tmp_path):
     with pytest.raises(ConfigError, match=message) as error:
         load_config(file)
     assert str(file) in str(error.value)
+    assert len(str(error.value)) < 1000
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX")
+def test_a_configuration_that_never_ends_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(ConfigError, match=r"config\.json: expected a regular file, got a pipe"):
+        load_config(tmp_path / "config.json")
 
 
 def test_a_run_starts_from_another_runs_configuration(tmp_path):

@@ -571,3 +571,11 @@ def test_too_little_memory_says_what_to_do(model, picture, monkeypatch):
 )
 def test_description_names_scales_flip_and_window(model, settings, text):
     assert Predictor(model, **settings).describe() == text
+
+
+def test_a_batch_of_no_images_is_an_error(model):
+    """There is nothing to decide a precision on; an empty list has an empty answer."""
+    predictor = Predictor(model)
+    with pytest.raises(ValueError, match=r"expected an RGB image \[H, W, 3\] of uint8, got .*\[0, 40, 40, 3\]"):
+        predictor(torch.zeros(0, 40, 40, 3, dtype=torch.uint8))
+    assert predictor([]) == []

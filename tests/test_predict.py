@@ -579,3 +579,49 @@ def test_a_disk_that_is_full_at_the_end_of_a_video_is_named(checkpoint, monkeypa
     with pytest.raises(UserError, match=r"--output-dir out: .*No space left.*--skip-existing"):
         run(checkpoint, "trip.avi", "--output-dir", "out")
     assert files("out") == ["legend.png"]
+
+
+HOSTILE_NAMES = ["my photo (1)", "straße, 東京 – 🚗", "a;b&c|d$e'f", "..b", "-rf", "x\u2028y"]
+
+
+def test_results_stay_in_the_output_folder_whatever_the_names_are(checkpoint, here):
+    for name in HOSTILE_NAMES:
+        write_image(here / "in.png", picture(1, 32, 33))
+        Path("photos", name).mkdir(parents=True)
+        os.link("in.png", Path("photos", name, f"{name}.png"))
+    write_image("above.png", picture(2, 32, 33))
+    Path("work").mkdir()
+    lines = ["../above.png", str(here / "photos" / "-rf" / "-rf.png"), "../photos/../photos/..b/..b.png", "./in.png"]
+    os.rename("in.png", "work/in.png")
+    Path("work/list.txt").write_text("\n".join(lines))
+    before = files(here)
+    assert run(checkpoint, "photos", "work/list.txt", "--no-overlay", "--output-dir", "work/out/deep") == 0
+    new = sorted(set(files(here)) - set(before))
+    kept = [f"{name}/{name}.png" for name in HOSTILE_NAMES if not name.startswith(".")]  # those are hidden
+    flat = ["above.png", "-rf.png", "..b.png", "in.png", "legend.png"]
+    assert new == sorted(f"work/out/deep/{name}" for name in (*kept, *flat))
+
+
+def test_names_that_would_meet_outside_their_folders_are_an_error(checkpoint, here):
+    for folder in "ab":
+        Path(folder).mkdir()
+        write_image(f"{folder}/x.png", picture(1))
+    Path("list.txt").write_text("../" + here.name + "/a/x.png\n../" + here.name + "/b/x.png\n")
+    with pytest.raises(ConfigError, match=r"b/x\.png and .*a/x\.png would both give out/x\.png"):
+        run(checkpoint, "list.txt", "--output-dir", "out")
+    assert not Path("out").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="POSIX")
+def test_what_never_ends_is_named_and_left_out(checkpoint, capsys):
+    Path("photos").mkdir()
+    write_image("photos/a.png", picture(1, 32, 33))
+    os.mkfifo("photos/b.png")
+    os.symlink("/dev/zero", "photos/c.png")
+    assert run(checkpoint, "photos", "--no-overlay", "--output-dir", "out") == 1
+    assert files("out") == ["a.png", "legend.png"]
+    errors = capsys.readouterr().err
+    assert "photos/b.png: expected a regular file, got a pipe" in errors
+    assert "photos/c.png: expected a regular file, got a device" in errors
+    with pytest.raises(ConfigError, match=r"b\.png: no such image"):
+        run(checkpoint, "photos/b.png", "--output-dir", "out")

@@ -23,7 +23,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
 
 
 def test_resuming_an_empty_folder_is_an_error(tmp_path):
-    with pytest.raises(ConfigError, match=r"holds no last\.pth"):
+    with pytest.raises(ConfigError, match=r"holds no run \(no config\.json\)"):
         RunFolder(tmp_path).config()
 
 
@@ -34,6 +34,8 @@ def test_metrics_later_than_the_checkpoint_are_forgotten(tmp_path):
         folder.log({"kind": "val", "epoch": iteration // 10, "iteration": iteration})
     with folder.metrics_file.open("a") as file:
         file.write('{"kind": "tra')  # cut short by a power failure
+    with folder.metrics_file.open("ab") as file:
+        file.write(b"\xf0\x9f")  # within a character
     (tmp_path / ".last.pth.1.tmp").write_text("half a checkpoint")
     folder.forget_after(20, epochs=1)
     assert [(r["kind"], r["iteration"]) for r in folder.metrics()] == [("train", 10), ("val", 10), ("train", 20)]

@@ -1,5 +1,6 @@
 """The training step: layout, compilation, waiting for the device, optimiser."""
 
+import contextlib
 import json
 
 import pytest
@@ -14,7 +15,17 @@ from dfn_fast.interrupt import StopRequest
 from dfn_fast.run import Run
 from dfn_fast.run_folder import RunFolder
 from dfn_fast.train import main
-from dfn_fast.training import LossWatch, TrainingLoss, choose_compile, compile_loss, inductor_options
+from dfn_fast.training import (
+    MAX_SKIPPED,
+    LossWatch,
+    NonFiniteLoss,
+    Position,
+    Trainer,
+    TrainingLoss,
+    choose_compile,
+    compile_loss,
+    inductor_options,
+)
 
 SYNTHETIC = "--channels 8 --no-border --no-deep-supervision --crop 32 --batch-size 3 --workers 0 --device cpu"
 
@@ -295,3 +306,129 @@ def test_fp16_skips_a_step_whose_gradients_overflow():
     trainer.scaler = torch.amp.GradScaler("cuda", init_scale=2.0**4)
     trainer.step([batch], 1)
     assert not torch.equal(trainer.model.backbone.layer1[0].conv1.weight, before)
+
+
+# What is not finite
+
+
+def overflowing(trainer, steps):
+    """Makes one gradient infinite in the given steps."""
+    number = iter(range(10**6))
+    trainer.model.backbone.layer2[0].conv1.weight.register_hook(lambda g: g / 0 if next(number) in steps else g)
+
+
+def with_scaler(trainer):
+    """As in fp16, in float32: what the scaler does depends on the gradients alone."""
+    trainer.scaler = torch.amp.GradScaler(trainer.device.type, init_scale=2.0**16)
+    return trainer
+
+
+def watched_steps(trainer, count, *, position=None, every=1):
+    """Steps, their losses read after each ``every``-th; yields the position after each."""
+    batch = tiny_batch((32, 32))
+    position = position or Position()
+    watch = LossWatch(trainer, position)
+    for i in range(count):
+        watch.add(i, trainer.step([batch], i), batch.names)
+        if (i + 1) % every == 0:
+            watch.read()
+        yield position
+
+
+def test_steps_that_overflow_are_skipped_and_counted():
+    trainer = with_scaler(tiny_trainer())
+    overflowing(trainer, {1, 2, 4})
+    weight, seen = trainer.model.smooth_heads[0].conv.bias, []
+    before = weight.detach().clone()
+    for position in watched_steps(trainer, 6):
+        seen.append((position.skipped_steps, position.skipped_in_a_row, torch.equal(weight, before)))
+        before = weight.detach().clone()
+    assert seen == [(0, 0, False), (1, 1, True), (2, 2, True), (2, 0, False), (3, 1, True), (3, 0, False)]
+    assert trainer.scaler.get_scale() == 2.0**13
+
+
+@pytest.mark.parametrize("every", [1, 5])
+def test_too_many_skipped_in_a_row_stop_the_run_with_a_diagnosis(every):
+    trainer = with_scaler(tiny_trainer())
+    trainer.amp, trainer.autocast = torch.float16, contextlib.nullcontext  # for the advice
+    overflowing(trainer, range(3, 1000))
+    position, done = Position(), 0
+    with pytest.raises(NonFiniteLoss) as error:
+        for _ in watched_steps(trainer, 100, position=position, every=every):
+            done += 1
+    text = str(error.value)
+    assert text.startswith(f"the {MAX_SKIPPED} steps since iteration 4 were all skipped: the loss is ")
+    assert f"at iteration {MAX_SKIPPED + 3} those of backbone.layer2.0.conv1.weight (1 of " in text
+    assert f"scale of the loss {trainer.scaler.get_scale():g}: lower --lr, or use --amp bf16" in text
+    assert done < MAX_SKIPPED + 3 + every
+    assert position.skipped_steps == MAX_SKIPPED
+
+
+def test_a_first_step_that_is_skipped_leaves_no_trace():
+    """PyTorch's fused update would begin with momenta that nothing wrote (nan here, by the suite's fixture)."""
+    skipping, plain = with_scaler(tiny_trainer()), tiny_trainer()
+    overflowing(skipping, {0})
+    skipping.step([tiny_batch((32, 32))], 0)
+    statistics = {name: buffer.clone() for name, buffer in skipping.model.named_buffers()}
+    plain.model.load_state_dict(statistics, strict=False)
+    for trainer in (skipping, plain):
+        trainer.step([tiny_batch((32, 32))], 1)
+    # A power of two scales without rounding, so that even the momenta are equal bit for bit.
+    for (name, p), q in zip(skipping.model.named_parameters(), plain.model.parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
+def test_the_row_goes_on_after_a_resume():
+    trainer = with_scaler(tiny_trainer())
+    overflowing(trainer, range(1000))
+    position = Position(skipped_steps=30, skipped_in_a_row=MAX_SKIPPED - 1)
+    with pytest.raises(NonFiniteLoss, match=rf"the {MAX_SKIPPED} steps since iteration "):
+        list(watched_steps(trainer, 1, position=position))
+
+
+@pytest.mark.parametrize("every", [1, 4], ids=["each read", "read later"])
+def test_a_gradient_that_is_not_finite_is_an_error_with_iteration_and_parameter(every):
+    trainer = tiny_trainer()
+    overflowing(trainer, {2})
+    expected = (
+        r"the loss is \d\.\d+ but gradients are not finite at iteration 3; the images were image 0, image 1, image 2, "
+        r"the parameters backbone\.layer2\.0\.conv1\.weight \(1 of \d+\)\. .* learning rate was .*: lower --lr$"
+    )
+    with pytest.raises(NonFiniteLoss, match=expected):
+        list(watched_steps(trainer, 4, every=every))
+
+
+def test_a_statistic_that_is_not_finite_is_not_saved():
+    trainer = tiny_trainer()
+    trainer.require_finite_weights(1)
+    trainer.model.backbone.bn1.running_var[0] = torch.inf
+    with pytest.raises(NonFiniteLoss, match=r"iteration 5: backbone\.bn1\.running_var \(1 of \d+\); .*lower --lr"):
+        trainer.require_finite_weights(5)
+
+
+def test_skipped_steps_are_in_log_metrics_summary_and_checkpoint(tmp_path, few_scenes, monkeypatch, capsys):
+    made, run = Trainer.__init__, RunFolder(tmp_path / "run")
+
+    def make(self, *args):
+        made(self, *args)
+        with_scaler(self)
+        overflowing(self, {1} if run.last.exists() else {0})
+
+    monkeypatch.setattr(Trainer, "__init__", make)
+    monkeypatch.setattr("dfn_fast.train.draw", lambda *_: None)
+    options = ["synthetic", *SYNTHETIC.split(), "--iterations", "4", "--log-every", "1"]
+    main([*options, "--stop-after", "2", "--output-dir", str(run.path)])
+    main(["--resume", "--output-dir", str(run.path)])
+    assert [record["skipped_steps"] for record in run.metrics() if record["kind"] == "train"] == [1, 1, 1, 2]
+    assert read_file(run.last)["position"]["skipped_steps"] == 2
+    assert json.loads(run.summary_file.read_text())["skipped_steps"] == 2
+    assert "2 steps skipped" in capsys.readouterr().out
+
+
+def test_fp16_on_a_cpu_skips_and_recovers():
+    """The real thing, which the command line leaves to GPUs: float16 overflows at 65504."""
+    trainer = tiny_trainer()
+    trainer.amp = trainer.loss.dtype = torch.float16
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, backoff_factor=2.0**-30)
+    assert [position.skipped_steps for position in watched_steps(trainer, 2)] == [1, 1]
+    assert trainer.scaler.get_scale() == 2.0**10

@@ -1,5 +1,6 @@
 import errno
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -10,13 +11,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import differences, timeless_metrics
 
 from dfn_fast.checkpoint import read_file
-from dfn_fast.errors import CheckpointError, ConfigError
+from dfn_fast.data import base
+from dfn_fast.errors import CheckpointError, ConfigError, DataError
 from dfn_fast.loading import load_model
 from dfn_fast.run_folder import RunFolder
 from dfn_fast.train import main
-from dfn_fast.training import NonFiniteLoss, poly
+from dfn_fast.training import NonFiniteLoss, Trainer, poly
 
 TINY = "--data folder --backbone resnet18 --channels 8 --border-channels 4 --crop 64 --batch-size 3 --lr 0.001"
 TINY += " --border-width 3 --workers 0 --log-every 1 --device cpu --scales 0.75 1 --epochs 2"
@@ -52,22 +55,6 @@ def tiny(photos, tmp_path):
     return run
 
 
-def differences(a, b, where="") -> list[str]:
-    """The places where two checkpoints differ in a single bit; times are left out."""
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        return [
-            x
-            for key in a
-            if key not in ("seconds", "output_dir")
-            for x in differences(a[key], b[key], f"{where}.{key}")
-        ]
-    if isinstance(a, list | tuple):
-        return [x for i, pair in enumerate(zip(a, b, strict=True)) for x in differences(*pair, f"{where}.{i}")]
-    same = torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-    return [] if same else [where]
-
-
 def test_a_run_leaves_all_that_it_promises(tiny, capsys):
     run = tiny("run")
     last_line = capsys.readouterr().out.splitlines()[-1]
@@ -100,8 +87,7 @@ def test_a_resumed_run_ends_with_the_same_bits(tiny, stop, capsys):
     assert "--resume --output-dir" in capsys.readouterr().out
     halves = tiny("halves", "--resume")
     assert differences(read_file(straight.last), read_file(halves.last)) == []
-    timeless = [[{**r, "images_per_second": 0} for r in run.metrics()] for run in (straight, halves)]
-    assert timeless[0] == timeless[1]
+    assert timeless_metrics(straight) == timeless_metrics(halves)
 
 
 def test_another_seed_gives_another_run(tiny):
@@ -137,9 +123,8 @@ def test_a_signal_saves_and_leaves(photos, tmp_path, number, code):
 
 
 def test_a_loss_that_is_not_finite_names_iteration_images_and_checkpoint(tiny):
-    with pytest.raises(
-        NonFiniteLoss, match=r"at iteration \d+; the images were \d, \d, \d.*\(no checkpoint was written yet\)"
-    ):
+    last = r"\(the last finite checkpoint is .*run.last\.pth\)"
+    with pytest.raises(NonFiniteLoss, match=r"at iteration \d+; the images were \d, \d, \d.*" + last):
         tiny("run", "--lr", "1e30")
 
 
@@ -243,3 +228,56 @@ def test_accumulated_gradients_are_the_mean(tiny):
         return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
 
     torch.testing.assert_close(weights(2), weights(1), rtol=1e-5, atol=1e-6)
+
+
+def test_a_worker_that_dies_or_hangs_ends_the_run_with_its_sample(tiny, photos, monkeypatch):
+    def hostile(how):
+        def read(path):
+            if str(path).endswith("train/images/7.png") and multiprocessing.parent_process() is not None:
+                how()
+            return real(path)
+
+        return read
+
+    real = base.read_image
+    for name, how, text in (
+        ("killed", lambda: os.kill(os.getpid(), signal.SIGKILL), "a loading process has died"),
+        ("hangs", lambda: time.sleep(3600), "no batch came from the loading processes for 5 s"),
+    ):
+        monkeypatch.setattr(base, "read_image", hostile(how))
+        with pytest.raises(DataError, match=rf"{text}(.|\n)*train/images/7\.png with .*train/masks/7\.png"):
+            tiny(name, "--workers", "2", "--loader-timeout", "5")
+
+
+def test_a_worker_that_dies_during_a_step_ends_the_run_by_name_too(tiny, monkeypatch):
+    def step(*_):
+        for worker in multiprocessing.active_children():
+            os.kill(worker.pid, signal.SIGKILL)
+        time.sleep(60)  # PyTorch raises here, at the signal that a child has died
+
+    monkeypatch.setattr(Trainer, "step", step)
+    with pytest.raises(DataError, match="a loading process has died"):
+        tiny("run", "--workers", "1")
+
+
+def test_a_damaged_checkpoint_is_not_continued(tiny):
+    folder = tiny("run", "--stop-after", "1")
+    whole = read_file(folder.last)
+    wrong = [{"position": value} for value in (3, {"epoch": "one"}, {"wings": 1})]
+    wrong += [{"optimizer": {}}, {"random": {}}, {"random": [1, 2]}, {"model": {"a": torch.zeros(1)}}]
+    for changes in wrong:
+        torch.save({**whole, **changes}, folder.last)
+        with pytest.raises(CheckpointError, match=r"run/last\.pth: this is not the checkpoint of a run of this net"):
+            tiny("run", "--resume")
+
+
+def test_lines_of_the_metrics_that_are_no_records_are_left_out(tiny):
+    folder = tiny("run", "--stop-after", "2")
+    kept = folder.metrics()
+    with folder.metrics_file.open("ab") as file:
+        file.write(
+            b'[1]\n{"kind": []}\n{"kind": "train"}\n\xff\xfe\n' + b"[" * 100_000 + b'\n{"kind": "val", "epoch": "x"}\n'
+        )
+    folder.forget_after(2, 0)
+    assert folder.metrics() == kept
+    assert len(kept) == 2

@@ -51,6 +51,7 @@ def check_command(arguments: list[str]) -> int:
     parser.add_argument("--split", nargs="+", metavar="SPLIT", help="splits to read (default: train and val)")
     parser.add_argument("--num-classes", type=int, metavar="N", help="of a folder or list without classes.txt")
     parser.add_argument("--classes", metavar="FILE", help="classes of a folder or list: a name, or name R G B, a line")
+    parser.add_argument("--allow-outside-root", action="store_true", help="let lists name files not below --root")
     cores = min(8, os.cpu_count() or 1)
     parser.add_argument(
         "--workers", type=int, metavar="N", default=cores, help="threads (default: one a core, up to 8)"
@@ -67,6 +68,7 @@ def check_command(arguments: list[str]) -> int:
         chosen.split,
         num_classes=chosen.num_classes,
         classes=chosen.classes,
+        allow_outside_root=chosen.allow_outside_root,
         workers=chosen.workers,
     )
     print(render(report))
@@ -96,7 +98,10 @@ def convert_sbd_command(arguments: list[str]) -> int:
     done = convert_sbd(chosen.sbd_root, chosen.voc_root)
     print(f"{done.images} images in {done.list_file}, {done.written} labels written")
     if done.sbd_images:
-        print(f"{done.sbd_images} of the images are not in VOC's JPEGImages: the list takes them from SBD's img folder")
+        print(
+            f"{done.sbd_images} of the images are not in VOC's JPEGImages: the list takes them from SBD's img folder. "
+            "Where that is not below --root, --allow-outside-root lets it be read"
+        )
     if done.images != DATASETS["voc"].counts["train_aug"]:
         print(f"note: the published train_aug has {DATASETS['voc'].counts['train_aug']} images")
     return 0

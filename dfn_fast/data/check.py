@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from dfn_fast.data.base import IGNORE, SegmentationDataset
-from dfn_fast.data.files import IMAGE_SUFFIXES, read_label
+from dfn_fast.data.files import IMAGE_SUFFIXES, open_image, read_label
 from dfn_fast.data.pairing import PairingError
 from dfn_fast.data.registry import build_dataset, find_entry
 from dfn_fast.errors import DataError
@@ -118,6 +117,7 @@ def check(
     *,
     num_classes: int | None = None,
     classes: str | Path | None = None,
+    allow_outside_root: bool = False,
     workers: int = 2,
 ) -> Report:
     """Reads every sample of the splits, by default the data set's train and val, in ``workers`` threads.
@@ -132,7 +132,9 @@ def check(
     class_names: tuple[str, ...] = ()
     for split in parts:
         try:
-            dataset = build_dataset(name, root, split, num_classes=num_classes, classes=classes)
+            dataset = build_dataset(
+                name, root, split, num_classes=num_classes, classes=classes, allow_outside_root=allow_outside_root
+            )
         except DataError as error:
             problems = error.problems if isinstance(error, PairingError) else [str(error)]
             reports.append(SplitReport(split, problems=problems))
@@ -217,11 +219,13 @@ def _observe(dataset: SegmentationDataset, workers: int) -> Iterator[Observation
 
 def _image_file(path: Path) -> tuple[str, bytes | None]:
     """Pillow's mode and a hash of the content; "" and None for what cannot be read: reading the sample tells why."""
+    digest = hashlib.blake2b(digest_size=16)
     try:
-        digest = hashlib.blake2b(path.read_bytes(), digest_size=16).digest()
-        with Image.open(path) as image:
-            return image.mode, digest
-    except (OSError, SyntaxError, ValueError):
+        with open_image(path) as image, path.open("rb") as file:
+            while part := file.read(1 << 20):
+                digest.update(part)
+            return image.mode, digest.digest()
+    except (OSError, DataError):
         return "", None
 
 

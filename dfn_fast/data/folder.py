@@ -13,7 +13,7 @@ chosen by a hash of that path: the same on every machine, whatever other images 
 """
 
 import hashlib
-import re
+import os
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +22,11 @@ from dfn_fast.cli import nearest
 from dfn_fast.data.base import IGNORE, SegmentationDataset, require_folder
 from dfn_fast.data.pairing import files_by_stem, pair_by_stem
 from dfn_fast.data.voc import voc_palette
-from dfn_fast.errors import ConfigError, DataError
+from dfn_fast.errors import ConfigError, DataError, brief
+from dfn_fast.regular_file import MAX_TEXT, require_regular
 
 VAL_SHARE = 5
+MAX_NAME = 200  # characters of a class's name
 
 
 class FolderDataset(SegmentationDataset):
@@ -56,7 +58,7 @@ class FolderDataset(SegmentationDataset):
 
 def held_out(stems: list[str]) -> set[str]:
     """The stems that belong to val: SHA-256 (first 8 bytes) divisible by 5, or else the lowest."""
-    hashes = {stem: int.from_bytes(hashlib.sha256(stem.encode()).digest()[:8], "big") for stem in stems}
+    hashes = {stem: int.from_bytes(hashlib.sha256(os.fsencode(stem)).digest()[:8], "big") for stem in stems}
     chosen = {stem for stem, value in hashes.items() if value % VAL_SHARE == 0}
     return chosen or set(sorted(stems, key=hashes.__getitem__)[:1])
 
@@ -81,8 +83,9 @@ def class_table(root: Path, num_classes: int | None, classes: str | Path | None)
 
 def read_classes(path: Path) -> tuple[tuple[str, ...], np.ndarray]:
     """The names and ``[K, 3]`` RGB uint8 palette of a classes file; a line without a colour gets that of VOC."""
+    require_regular(path, ConfigError, "table of classes", MAX_TEXT)
     try:
-        lines = path.read_text(encoding="utf-8-sig").rstrip().splitlines()
+        lines = path.read_text(encoding="utf-8-sig").rstrip().split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: expected a text file with a class a line ({error})") from error
     if not 2 <= len(lines) <= IGNORE:
@@ -90,15 +93,17 @@ def read_classes(path: Path) -> tuple[tuple[str, ...], np.ndarray]:
     names: list[str] = []
     palette = voc_palette(len(lines))
     for i, line in enumerate(lines):
-        match = re.fullmatch(r"(\S.*?)(?:\s+(\d+)\s+(\d+)\s+(\d+))?", line.strip())
-        if not match:
-            raise DataError(f"{path}:{i + 1}: expected a class name, or name R G B, got an empty line")
-        if match[1] in names:
-            raise DataError(f"{path}:{i + 1}: class {match[1]!r} is there twice")
-        if match[2]:
-            colour = [int(value) for value in match.groups()[1:]]
-            if max(colour) > 255:
-                raise DataError(f"{path}:{i + 1}: expected a colour of 0..255, got {colour}")
-            palette[i] = colour
-        names.append(match[1])
+        name, *colour = line.strip().rsplit(maxsplit=3) or [""]
+        if len(colour) != 3 or not all(value.isdecimal() for value in colour):
+            name, colour = line.strip(), []
+        if not 0 < len(name) <= MAX_NAME:
+            got = "an empty line" if not name else f"{len(name)} characters"
+            raise DataError(f"{path}:{i + 1}: expected a class name, or name R G B, got {got}")
+        if name in names:
+            raise DataError(f"{path}:{i + 1}: class {name!r} is there twice")
+        if any(len(value) > 9 or int(value) > 255 for value in colour):
+            raise DataError(f"{path}:{i + 1}: expected a colour of 0..255, got {brief(' '.join(colour))}")
+        if colour:
+            palette[i] = [int(value) for value in colour]
+        names.append(name)
     return tuple(names), palette

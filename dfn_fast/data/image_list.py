@@ -7,7 +7,8 @@ Split ``train`` is train.txt in the root; a split ending in ``.txt`` is that fil
       val.txt
       classes.txt  a class a line: name, or name R G B
 
-Paths are absolute, or relative to the list's folder or to root. Labels hold class ids 0..254, 255 is ignored.
+Paths are absolute, or relative to the list's folder or to root. One that leaves root is an error unless
+``--allow-outside-root`` is given: a list may come from anywhere. Labels hold class ids 0..254, 255 is ignored.
 ``--classes FILE`` or ``--num-classes N`` stand in for classes.txt.
 """
 
@@ -17,7 +18,7 @@ from pathlib import Path
 from dfn_fast.cli import nearest
 from dfn_fast.data.base import Pair, SegmentationDataset
 from dfn_fast.data.folder import class_table
-from dfn_fast.data.pairing import PairingError, checked_pairs, read_lines
+from dfn_fast.data.pairing import PairingError, below, checked_pairs, read_lines, shortened
 from dfn_fast.errors import ConfigError, DataError
 
 
@@ -27,15 +28,22 @@ class ListDataset(SegmentationDataset):
     name = "list"
 
     def __init__(
-        self, root: str | Path, split: str, *, num_classes: int | None = None, classes: str | Path | None = None
+        self,
+        root: str | Path,
+        split: str,
+        *,
+        num_classes: int | None = None,
+        classes: str | Path | None = None,
+        allow_outside_root: bool = False,
     ):
         root = Path(root)
+        limit = None if allow_outside_root else root
         list_file = _list_file(root, split)
         self.classes, self.palette = class_table(root, num_classes, classes)
         pairs, problems = [], []
         for number, line in read_lines(list_file):
             try:
-                pairs.append(_pair(line, root, list_file.parent))
+                pairs.append(_pair(line, root, list_file.parent, limit))
             except DataError as error:
                 problems.append(f"{list_file}:{number}: {error}")
         if problems:
@@ -55,23 +63,32 @@ def _list_file(root: Path, split: str) -> Path:
     )
 
 
-def _pair(line: str, root: Path, folder: Path) -> Pair:
+def _pair(line: str, root: Path, folder: Path, limit: Path | None) -> Pair:
     fields = [field.strip() for field in line.split("\t")]
     if len(fields) != 2:
-        raise DataError(f"expected image<TAB>label, got {line!r}")
-    image, label = (_find(field, root, folder) for field in fields)
+        raise DataError(f"expected image<TAB>label, got {shortened(line)!r}")
+    image, label = (_find(field, root, folder, limit) for field in fields)
     return Pair(image, label, _name(image, root))
 
 
-def _find(field: str, root: Path, folder: Path) -> Path:
+def _find(field: str, root: Path, folder: Path, limit: Path | None) -> Path:
+    refused: DataError | None = None
     for path in (folder / field, root / field):
-        if path.is_file():
-            return path
-    raise DataError(f"{field} does not exist in {folder}" + (f", nor in {root}" if root != folder else ""))
+        try:
+            path = below(limit, path)
+        except DataError as error:
+            refused = error
+        else:
+            if os.path.isfile(path):
+                return path
+    if refused is not None:
+        raise refused
+    nor = f", nor in {root}" if root != folder else ""
+    raise DataError(f"{shortened(field)} does not exist in {folder}{nor}")
 
 
 def _name(image: Path, root: Path) -> str:
     """Relative to root, or to the file system's root for what lies elsewhere: safe to name an output by."""
-    image = Path(os.path.abspath(image)).with_suffix("")
+    image = Path(os.path.splitext(os.path.abspath(image))[0])
     root = Path(os.path.abspath(root))
     return image.relative_to(root if image.is_relative_to(root) else image.anchor).as_posix()

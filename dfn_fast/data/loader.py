@@ -1,21 +1,27 @@
 """Training batches: an order and an augmentation that follow from the seed alone, whatever the number of workers."""
 
+import contextlib
+import multiprocessing
 import os
+import re
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing.process import BaseProcess
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from dfn_fast.data.base import SegmentationDataset
 from dfn_fast.data.transforms import TrainTransform
-from dfn_fast.errors import ConfigError, UserError
+from dfn_fast.errors import ConfigError, DataError, UserError
 
 
 class Batch(NamedTuple):
@@ -33,6 +39,11 @@ class TrainLoader:
     Epoch ``e`` has ``len(dataset) // batch_size`` batches; the samples left over differ from epoch to epoch. Its
     order follows from ``(seed, e)``, a sample's augmentation from ``(seed, e, index)``. The processes that load live
     from the first epoch to the end; 0 ``workers``: the main process loads. One epoch is drawn at a time.
+    ``share``: which samples of each batch are loaded, where several processes share it.
+
+    A worker that dies, and a batch that does not come for ``timeout`` seconds (0: no limit), is a :class:`DataError`
+    with the samples that were being loaded; the workers are ended then, and the next epoch starts others. Without
+    workers nothing watches: a file that hangs, hangs the main process.
 
     Raises:
         ConfigError: the data set has less than a batch, or the seed is negative.
@@ -46,7 +57,9 @@ class TrainLoader:
         batch_size: int,
         seed: int,
         workers: int,
+        timeout: float = 300,
         pin_memory: bool = False,
+        share: slice = slice(None),
     ):
         if batch_size < 1:
             raise ConfigError(f"batch size: expected 1 or more, got {batch_size}")
@@ -57,15 +70,24 @@ class TrainLoader:
             )
         if seed < 0:
             raise ConfigError(f"seed: expected 0 or more, got {seed}")
-        self.size, self.batch_size, self.seed = len(dataset), batch_size, seed
+        self.size, self.batch_size, self.seed, self.share = len(dataset), batch_size, seed, share
         self._keys: list[list[SampleKey]] = []  # of the epoch being drawn; the DataLoader reads it at each start
-        self._loader = DataLoader(
-            AugmentedSamples(dataset, transform, seed),
+        self._dataset, self._timeout, self._pin_memory = dataset, timeout, pin_memory
+        self._hung: str | None = None  # which samples no batch came for
+        self._progress = torch.zeros(workers, 3, dtype=torch.float64).share_memory_()
+        self._samples = AugmentedSamples(dataset, transform, seed, self._progress)
+        self._loader = self._new_loader()
+
+    def _new_loader(self) -> DataLoader:
+        self._started = False
+        workers = len(self._progress)
+        return DataLoader(
+            self._samples,
             batch_sampler=self._keys,
             num_workers=workers,
             collate_fn=collate,
-            pin_memory=pin_memory,
-            worker_init_fn=start_worker,
+            pin_memory=self._pin_memory,
+            worker_init_fn=partial(start_worker, progress=self._progress),
             persistent_workers=workers > 0,
             generator=torch.Generator(),  # each start draws a number, which must not come out of torch's global state
         )
@@ -80,15 +102,118 @@ class TrainLoader:
         An error in a data set's file arrives here as itself, from whichever process met it.
         """
         order = np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=(epoch,))).permutation(self.size)
-        batches = order[: len(self) * self.batch_size].reshape(len(self), self.batch_size)[start:]
+        batches = order[: len(self) * self.batch_size].reshape(len(self), self.batch_size)[start:, self.share]
         self._keys[:] = [[SampleKey(epoch, index) for index in batch] for batch in batches.tolist()]
-        for batch in self._loader:
-            if isinstance(batch, UserError):
-                try:
-                    raise batch
-                finally:
-                    del batch  # it would hold this frame, and the frame it: the workers would outlive their loader
+        with self.watched():
+            for batch in self._in_time():
+                if isinstance(batch, UserError):
+                    try:
+                        raise batch
+                    finally:
+                        del batch  # it would hold this frame, and the frame it: the workers would outlive their loader
+                yield batch
+
+    def _in_time(self) -> Iterator[Batch | UserError]:
+        """The loader's batches. Where one does not come within the limit, all workers are killed, which ends the wait.
+
+        PyTorch's own ``timeout`` waits without a limit where a worker hangs between sending a batch and handing over
+        its memory.
+        """
+        # The first time it forks, which is better done without a thread of ours.
+        with self._time_limit() if self._started else signals_held_back():
+            batches = iter(self._loader)
+        self._started = True
+        while True:
+            with self._time_limit():
+                batch = next(batches, None)
+            if batch is None:
+                return
             yield batch
+
+    @contextlib.contextmanager
+    def _time_limit(self) -> Iterator[None]:
+        timer = threading.Timer(self._timeout, self._kill_silent)
+        timer.daemon = True
+        if self._timeout and len(self._progress):
+            timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """A worker's death or silence becomes a :class:`DataError` here, and all workers are ended.
+
+        PyTorch raises a death by a signal handler, wherever the main thread is: a loop over batches belongs in this
+        context too.
+        """
+        try:
+            yield
+        except (RuntimeError, OSError, EOFError) as error:
+            with ignored_child_signals():
+                text = self._hung or self._death(error)
+                if text is None:
+                    raise
+                self._end_workers()
+            raise DataError(text) from None
+
+    def _death(self, error: Exception) -> str | None:
+        """What is to be said of ``error`` if a worker's death is the cause of it."""
+        reason = str(error).splitlines()[0] if str(error) else ""
+        if isinstance(error, RuntimeError):
+            if not re.match(r"DataLoader worker \(pid|Pin memory thread exited", reason):
+                return None
+        else:
+            time.sleep(0.5)  # its connections break before it has ended
+        alive = {process.pid for process in multiprocessing.active_children()}
+        dead = [row for row in self._progress.tolist() if row[0] and row[0] not in alive]
+        if not dead and not isinstance(error, RuntimeError):
+            return None
+        return (
+            f"a loading process has died ({reason.rstrip('. ')}). It was at:{self._samples_text(dead)}\nLook at these "
+            "files, and at the memory: a system without any left kills processes, fewer --workers need less. "
+            "--workers 0 loads in the main process and shows its error"
+        )
+
+    def _kill_silent(self) -> None:
+        self._hung = (
+            f"no batch came from the loading processes for {self._timeout:g} s (--loader-timeout). They were at:"
+            f"{self._samples_text(self._progress.tolist())}\nIs the file system that these files are on there? A slow "
+            "one needs a higher --loader-timeout, or more --workers"
+        )
+        for worker in self._workers():
+            worker.kill()
+
+    def _samples_text(self, rows: list[list[float]]) -> str:
+        """The samples that the workers of these rows of ``_progress`` are at, a line each."""
+        lines = [
+            f"{self._sample_text(int(number) - 1)}, for {time.time() - start:.0f} s"
+            for _, number, start in rows
+            if number
+        ]
+        return "\n  ".join(["", *lines]) if lines else " no sample, or between two"
+
+    def _sample_text(self, number: int) -> str:
+        pairs = getattr(self._dataset, "pairs", None)
+        if pairs:
+            return f"{pairs[number].image} with {pairs[number].label}"
+        return f"sample {self._dataset.names()[number]!r} of split {self._dataset.split!r}"
+
+    def _workers(self) -> list[BaseProcess]:
+        pids = {int(pid) for pid, _, _ in self._progress.tolist()}
+        return [process for process in multiprocessing.active_children() if process.pid in pids]
+
+    def _end_workers(self) -> None:
+        """Kills them: one that hangs obeys no other signal. The next epoch starts new ones."""
+        workers = self._workers()
+        for worker in workers:
+            worker.kill()
+        for worker in workers:
+            worker.join(10)  # a process that the kernel holds, as a lost disk does, ends with the machine
+        self._hung = None
+        self._progress.zero_()
+        self._loader = self._new_loader()
 
 
 class SampleKey(NamedTuple):
@@ -108,8 +233,19 @@ class AugmentedSamples(Dataset):
     dataset: SegmentationDataset
     transform: TrainTransform
     seed: int
+    progress: Tensor  # [workers, 3], in memory that all processes share: pid, number in the data set + 1, start time
 
     def __getitem__(self, key: SampleKey) -> tuple[np.ndarray, np.ndarray, np.ndarray, str] | UserError:
+        worker = get_worker_info()
+        if worker is None:
+            return self.make(key)
+        self.progress[worker.id, 1:] = torch.tensor([key.number + 1, time.time()], dtype=torch.float64)
+        try:
+            return self.make(key)
+        finally:
+            self.progress[worker.id, 1] = 0
+
+    def make(self, key: SampleKey) -> tuple[np.ndarray, np.ndarray, np.ndarray, str] | UserError:
         try:
             image, label, name = self.dataset[key.number]
             rng = np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=key))
@@ -128,14 +264,17 @@ def collate(samples: list) -> Batch | UserError:
     return Batch(stacked[0].permute(0, 3, 1, 2), stacked[1], stacked[2], list(names))
 
 
-def start_worker(worker: int) -> None:
-    """One thread for OpenCV (torch's loader sees to torch's), and signals are left to the main process.
+def start_worker(worker: int, progress: Tensor) -> None:
+    """Says who it is; one thread for OpenCV (torch's loader sees to torch's), and signals are left to the main process.
 
     Ctrl-C and a cluster's SIGTERM reach every process of the run. The main one saves and then ends its workers; one
     that went by itself would break the saving.
     """
+    progress[worker, 0] = os.getpid()
     cv2.setNumThreads(0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     if hasattr(signal, "sigwaitinfo"):  # Linux
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=obey_parent, args=(os.getppid(),), daemon=True).start()
@@ -146,3 +285,29 @@ def obey_parent(parent: int) -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)
+
+
+@contextlib.contextmanager
+def signals_held_back() -> Iterator[None]:
+    """SIGINT and SIGTERM wait meanwhile, in the processes that are started too: until those can leave them alone."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def ignored_child_signals() -> Iterator[None]:
+    """PyTorch's handler would raise for a worker that we end ourselves; once it is waited for, it does not."""
+    if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, handler)

@@ -7,6 +7,7 @@ from pathlib import Path
 from dfn_fast.data.base import Pair
 from dfn_fast.data.files import IMAGE_SUFFIXES
 from dfn_fast.errors import DataError
+from dfn_fast.regular_file import MAX_TEXT, require_regular
 
 SHOWN = 5
 LOSSY = (".jpg", ".jpeg", ".webp")
@@ -17,22 +18,45 @@ class PairingError(DataError):
 
     def __init__(self, where: str | Path, problems: list[str]):
         self.problems = problems
+        shown = [shortened(problem, 500) for problem in problems[:SHOWN]]
         more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
-        super().__init__(
-            "\n  ".join([f"{where}: {len(problems)} entries or files cannot be used:", *problems[:SHOWN], *more])
-        )
+        super().__init__("\n  ".join([f"{where}: {len(problems)} entries or files cannot be used:", *shown, *more]))
 
 
 def read_lines(path: Path) -> list[tuple[int, str]]:
     """The lines of a UTF-8 text file with their numbers from 1, without blank lines and ``#`` comments."""
+    require_regular(path, DataError, "list", MAX_TEXT)
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines would break at letters of names too
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: expected a UTF-8 text file ({error})") from error
     except OSError as error:
         raise DataError(f"{path}: this list cannot be read ({error.strerror})") from error
     stripped = ((number, line.strip()) for number, line in enumerate(lines, 1))
-    return [(number, line) for number, line in stripped if line and not line.startswith("#")]
+    kept = [(number, line) for number, line in stripped if line and not line.startswith("#")]
+    for number, line in kept:
+        if "\0" in line:
+            raise DataError(f"{path}:{number}: a null character, which no path has; expected a text file")
+    return kept
+
+
+def below(limit: Path | None, path: Path) -> Path:
+    """``path`` without its ``..``; raises :class:`DataError` where it leaves the folder ``limit``, if there is one.
+
+    Symbolic links are not followed: who made the folder has put them there, who wrote a list has not.
+    """
+    path = Path(os.path.normpath(path))
+    if limit is None or Path(os.path.abspath(path)).is_relative_to(os.path.abspath(limit)):
+        return path
+    raise DataError(
+        f"{shortened(path)} is outside of {limit}; move it there, or trust this list with --allow-outside-root"
+    )
+
+
+def shortened(text: str | Path, most: int = 200) -> str:
+    """For the text of an error: a line of a file that is no list may have any length."""
+    text = str(text)
+    return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
 
 
 def files_by_stem(folder: Path, *, nested: bool = False, ending: str = "") -> dict[str, Path]:
@@ -71,7 +95,10 @@ def checked_pairs(pairs: Iterable[Pair], where: str | Path) -> list[Pair]:
 
     def exists(path: Path) -> bool:
         if path.parent not in folders:
-            folders[path.parent] = set(os.listdir(path.parent)) if path.parent.is_dir() else set()
+            try:
+                folders[path.parent] = set(os.listdir(path.parent))
+            except (OSError, ValueError):  # not there, not to be read, or no name that a folder can have
+                folders[path.parent] = set()
         return path.name in folders[path.parent]
 
     problems, seen = [], set()

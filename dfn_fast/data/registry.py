@@ -1,5 +1,6 @@
 """The data sets by name: what the command lines can be asked for, and how each lies on disk."""
 
+import os
 import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -37,6 +38,7 @@ class Entry:
     splits: tuple[str, ...] = ()  # all splits; none: they depend on what is in root
     needs_root: bool = True
     free_classes: bool = False  # takes num_classes= and classes=
+    lists: bool = False  # a file in root names other files; takes allow_outside_root=
     counts: Mapping[str, int] = field(default_factory=dict)  # images of the published splits
 
 
@@ -52,6 +54,7 @@ DATASETS: dict[str, Entry] = {
         voc.VocDataset,
         _tree(voc),
         splits=voc.SPLITS,
+        lists=True,
         counts=voc.COUNTS,
     ),
     "cityscapes": Entry(
@@ -66,12 +69,14 @@ DATASETS: dict[str, Entry] = {
         camvid.CamVidDataset,
         _tree(camvid),
         splits=camvid.SPLITS,
+        lists=True,
         counts=camvid.COUNTS,
     ),
     "coco": Entry(
         "COCO's instances as the 21 VOC classes, for pre-training",
         coco.CocoDataset,
         _tree(coco),
+        lists=True,
         train="train2017",
         val="val2017",
     ),
@@ -86,6 +91,7 @@ DATASETS: dict[str, Entry] = {
         image_list.ListDataset,
         _tree(image_list),
         free_classes=True,
+        lists=True,
     ),
 }
 
@@ -128,11 +134,13 @@ def build_dataset(
     *,
     num_classes: int | None = None,
     classes: str | Path | None = None,
+    allow_outside_root: bool = False,
     seed: int = 0,
 ) -> SegmentationDataset:
     """A split of the data set ``name``, or several joined by ``+`` as in ``"train+train_extra"``.
 
     ``num_classes`` and ``classes`` (a file) say what ``folder`` and ``list`` hold; ``seed`` is that of ``synthetic``.
+    ``allow_outside_root`` lets a list of image files name such that are not below ``root``.
     Raises :class:`ConfigError` for an unknown name or split and a root that is missing, and :class:`DataError` for a
     root that is not laid out as ``DATASETS[name].tree`` shows.
     """
@@ -143,6 +151,8 @@ def build_dataset(
         options = {"num_classes": num_classes, "classes": classes}
     elif classes is not None:
         raise ConfigError(f"--classes {classes}: data set {name!r} has classes of its own; leave the option out")
+    if entry.lists:
+        options["allow_outside_root"] = allow_outside_root
     splits = split.split("+")
     for part in splits:
         if entry.splits and part not in entry.splits:
@@ -170,7 +180,7 @@ def _root(name: str, entry: Entry, root: str | Path | None) -> Path | None:
     layout = f"expected the folder of data set {name!r}:\n{textwrap.indent(entry.tree, '  ')}"
     if root is None:
         raise ConfigError(f"--root is missing; {layout}")
-    path = Path(root).expanduser()
-    if not path.is_dir():
+    path = Path(os.path.expanduser(root))
+    if not os.path.isdir(path):
         raise ConfigError(f"--root {path}: no such folder; {layout}")
     return path

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from dfn_fast.atomic import write_text
 from dfn_fast.data.files import read_label, write_label
-from dfn_fast.data.pairing import PairingError, read_lines
+from dfn_fast.data.pairing import PairingError, read_lines, shortened
 from dfn_fast.data.voc import VocDataset, find_voc, listed_pairs, segmentation_list
 from dfn_fast.errors import ConfigError, DataError
 
@@ -94,12 +94,22 @@ def read_mat(path: Path) -> np.ndarray:
 
 
 def _augmented_ids(sbd: Path, voc: Path) -> list[str]:
-    listed = {split: [line for _, line in read_lines(sbd / f"{split}.txt")] for split in ("train", "val")}
+    listed = {split: _ids(sbd / f"{split}.txt") for split in ("train", "val")}
     own = {
-        split: [pair.name for pair in listed_pairs(voc, segmentation_list(voc, split), "SegmentationClass")]
+        split: [pair.name for pair in listed_pairs(voc, segmentation_list(voc, split), "SegmentationClass", voc)]
         for split in ("train", "val")
     }
     return sorted({*listed["train"], *listed["val"], *own["train"]}.difference(own["val"]))
+
+
+def _ids(list_file: Path) -> list[str]:
+    """The ids of a list; they name files to write, so one with a folder in it is an error."""
+    ids = []
+    for number, line in read_lines(list_file):
+        if Path(line).name != line or "\\" in line:
+            raise DataError(f"{list_file}:{number}: expected an id such as 2008_000002, got {shortened(line)!r}")
+        ids.append(line)
+    return ids
 
 
 def _make_label(name: str, sbd: Path, voc: Path, target: Path) -> bool:

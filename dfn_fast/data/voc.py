@@ -13,12 +13,13 @@
 id, or "image label" with paths below VOC2012.
 """
 
+import os
 from pathlib import Path
 
 import numpy as np
 
 from dfn_fast.data.base import Pair, SegmentationDataset, require_folder
-from dfn_fast.data.pairing import checked_pairs, files_by_stem, read_lines
+from dfn_fast.data.pairing import below, checked_pairs, files_by_stem, read_lines, shortened
 from dfn_fast.errors import DataError
 
 VOC_CLASSES = (
@@ -46,13 +47,15 @@ class VocDataset(SegmentationDataset):
     classes = VOC_CLASSES
     palette = voc_palette(len(VOC_CLASSES))
 
-    def __init__(self, root: str | Path, split: str):
+    def __init__(self, root: str | Path, split: str, *, allow_outside_root: bool = False):
         home = find_voc(Path(root))
+        limit = None if allow_outside_root else Path(root)
         if split == "train_aug":
-            pairs = _augmented(home)
+            pairs = _augmented(home, limit)
         else:
-            pairs = listed_pairs(home, segmentation_list(home, split), "SegmentationClass")
-        super().__init__(checked_pairs(pairs, home), split, home)
+            pairs = listed_pairs(home, segmentation_list(home, split), "SegmentationClass", limit)
+        where = home if split == "train_aug" else segmentation_list(home, split)
+        super().__init__(checked_pairs(pairs, where), split, where)
 
 
 def find_voc(root: Path) -> Path:
@@ -70,27 +73,33 @@ def segmentation_list(home: Path, split: str) -> Path:
     return home / "ImageSets" / "Segmentation" / f"{split}.txt"
 
 
-def listed_pairs(home: Path, list_file: Path, label_folder: str) -> list[Pair]:
-    """The pairs that a list names, by ids or by "image label" paths."""
+def listed_pairs(home: Path, list_file: Path, label_folder: str, limit: Path | None) -> list[Pair]:
+    """The pairs that a list names, by ids or by "image label" paths, all of them below ``limit`` where it is given."""
     pairs = []
     for number, line in read_lines(list_file):
         fields = line.split()
         if len(fields) == 1:
             image, label = home / "JPEGImages" / f"{line}.jpg", home / label_folder / f"{line}.png"
         elif len(fields) == 2:
-            image, label = (_below(home, field) for field in fields)
+            image, label = (_below_voc(home, field) for field in fields)
         else:
-            raise DataError(f"{list_file}:{number}: expected an image id, or an image and a label path, got {line!r}")
+            raise DataError(
+                f"{list_file}:{number}: expected an image id, or an image and a label path, got {shortened(line)!r}"
+            )
+        try:
+            image, label = (below(limit, path) for path in (image, label))
+        except DataError as error:
+            raise DataError(f"{list_file}:{number}: {error}") from None
         pairs.append(Pair(image, label, image.stem))
     return pairs
 
 
-def _below(home: Path, field: str) -> Path:
+def _below_voc(home: Path, field: str) -> Path:
     """DeepLab's lists write ``/JPEGImages/a.jpg`` for a path below VOC2012."""
-    return Path(field) if Path(field).is_file() and Path(field).is_absolute() else home / field.lstrip("/")
+    return Path(field) if os.path.isfile(field) and os.path.isabs(field) else home / field.lstrip("/")
 
 
-def _augmented(home: Path) -> list[Pair]:
+def _augmented(home: Path, limit: Path | None) -> list[Pair]:
     labels = require_folder(
         home / "SegmentationClassAug",
         "the folder of the augmented labels",
@@ -98,8 +107,8 @@ def _augmented(home: Path) -> list[Pair]:
     )
     for list_file in (segmentation_list(home, "train_aug"), home / "train_aug.txt"):
         if list_file.is_file():
-            return listed_pairs(home, list_file, labels.name)
-    val = {pair.name for pair in listed_pairs(home, segmentation_list(home, "val"), "SegmentationClass")}
+            return listed_pairs(home, list_file, labels.name, limit)
+    val = {pair.name for pair in listed_pairs(home, segmentation_list(home, "val"), "SegmentationClass", limit)}
     return [
         Pair(home / "JPEGImages" / f"{stem}.jpg", path, stem)
         for stem, path in files_by_stem(labels).items()

@@ -147,10 +147,12 @@ class TestList:
             f"{tmp_path}/far/b.jpg\t{tmp_path}/far/b.png",
         ]  # fmt: skip
         write("root/lists/all.txt", "\n".join(lines))
-        dataset = ListDataset(tmp_path / "root", "lists/all.txt", num_classes=4)
+        dataset = ListDataset(tmp_path / "root", "lists/all.txt", num_classes=4, allow_outside_root=True)
         far = (tmp_path / "far" / "b").relative_to("/").as_posix()
         assert fills(dataset) == {"img/my photo": 1, "lists/near": 2, far: 3}
-        by_absolute_path = ListDataset(tmp_path / "root", f"{tmp_path}/root/lists/all.txt", num_classes=4)
+        by_absolute_path = ListDataset(
+            tmp_path / "root", f"{tmp_path}/root/lists/all.txt", num_classes=4, allow_outside_root=True
+        )
         assert by_absolute_path.pairs == dataset.pairs
 
     def test_a_split_is_the_file_of_its_name(self, tmp_path, write, write_pair):

@@ -2,16 +2,21 @@
 
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 
 import numpy as np
 import pytest
 import torch
 
+import dfn_fast.data.loader as loader_module
 from dfn_fast.data.base import Sample, SegmentationDataset
+from dfn_fast.data.camvid import CamVidDataset
 from dfn_fast.data.loader import TrainLoader
 from dfn_fast.data.transforms import TrainTransform
 from dfn_fast.errors import ConfigError, DataError
@@ -41,8 +46,8 @@ class Numbers(SegmentationDataset):
 TRANSFORM = TrainTransform((32, 36), (1.0, 1.5), True, 3)
 
 
-def loader(dataset=None, batch_size=2, seed=7, workers=0):
-    return TrainLoader(dataset or Numbers(), TRANSFORM, batch_size=batch_size, seed=seed, workers=workers)
+def loader(dataset=None, batch_size=2, seed=7, workers=0, **settings):
+    return TrainLoader(dataset or Numbers(), TRANSFORM, batch_size=batch_size, seed=seed, workers=workers, **settings)
 
 
 def equal(left, right):
@@ -178,6 +183,20 @@ def test_wrong_options_are_refused(option, text):
 
 @pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="other systems' workers end on SIGTERM")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_workers_that_are_still_starting_leave_signals_too(number, monkeypatch):
+    """They are sent one before their first line, and the main process gets none of it."""
+    start = loader_module.start_worker
+
+    def late_start(worker, progress):
+        os.kill(os.getpid(), number)
+        start(worker, progress)
+
+    monkeypatch.setattr(loader_module, "start_worker", late_start)
+    assert_same(list(loader(workers=2, timeout=20).epoch(0)), list(loader().epoch(0)))
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="other systems' workers end on SIGTERM")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_workers_leave_signals_to_the_main_process(number):
     others = multiprocessing.active_children()
     expected = list(loader().epoch(0))
@@ -213,3 +232,126 @@ def test_workers_end_with_the_main_process(tmp_path):
     for worker in done.stdout.split():
         with pytest.raises(ProcessLookupError):
             os.kill(int(worker), 0)
+
+
+class Fatal(Numbers):
+    """One sample ends the process that reads it, or never comes."""
+
+    def __init__(self, fatal, how):
+        super().__init__()
+        self.fatal, self.how = fatal, how
+
+    def names(self):
+        return [f"images/{index}.png" for index in range(self.length)]
+
+    def __getitem__(self, index):
+        if index == self.fatal:
+            self.how()
+        return super().__getitem__(index)
+
+
+def be_killed():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hang():
+    while True:
+        time.sleep(3600)
+
+
+def hang_in_one_call():
+    """As in a library that keeps Python's lock: no thread of the worker answers a signal but SIGKILL."""
+    re.fullmatch(r"(a|a)*b", "a" * 60)
+
+
+def own_children(others):
+    return [child for child in multiprocessing.active_children() if child not in others]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="processes are killed by POSIX signals")
+class TestWatch:
+    """A worker that dies or hangs is reported with its sample, in time, and none stays behind."""
+
+    @pytest.mark.parametrize("how", [be_killed, lambda: os._exit(3)], ids=["killed", "left"])
+    def test_a_worker_that_dies_is_reported_with_its_sample(self, how):
+        others = multiprocessing.active_children()
+        dataset = Fatal(4, how)
+        loading = loader(dataset, workers=2)
+        with pytest.raises(
+            DataError, match=r"a loading process has died(.|\n)*sample 'images/4\.png' of split 'train'"
+        ):
+            list(loading.epoch(0))
+        assert not own_children(others)
+        dataset.how = lambda: None  # the loader outlives the error: its next epoch has new workers
+        assert_same(list(loading.epoch(0)), list(loader().epoch(0)))
+
+    @pytest.mark.parametrize("how", [hang, hang_in_one_call])
+    def test_a_worker_that_hangs_is_reported_with_its_sample_in_time(self, how):
+        others = multiprocessing.active_children()
+        loading = loader(Fatal(4, how), workers=2, timeout=3)
+        start = time.monotonic()
+        with pytest.raises(DataError) as caught:
+            list(loading.epoch(0))
+        assert time.monotonic() - start < 60
+        assert "no batch came from the loading processes for 3 s (--loader-timeout)" in str(caught.value)
+        assert re.search(r"sample 'images/4\.png' of split 'train', for \d+ s", str(caught.value))
+        assert str(caught.value).count("sample '") == 1  # the other worker waits for work
+        assert not own_children(others)
+
+    @pytest.mark.parametrize(
+        ("how", "text"),
+        [(be_killed, "has died"), (hang, "no batch came"), (hang_in_one_call, "no batch came")],
+        ids=["killed", "hang", "hang in one call"],
+    )
+    def test_batches_that_it_has_sent_do_not_keep_it_from_being_noticed(self, how, text):
+        """Their memory is handed over by the worker itself, when they are received: this could fail, or wait."""
+        others = multiprocessing.active_children()
+        third = [batch.names[0] for batch in loader(batch_size=1).epoch(0)][2]
+        loading = loader(Fatal(int(third[:-4]), how), batch_size=1, workers=1, timeout=3)
+        with pytest.raises(DataError, match=rf"{text}(.|\n)*sample 'images/{third}'"), loading.watched():
+            for _ in loading.epoch(0):
+                time.sleep(1)
+        assert not own_children(others)
+
+    def test_a_death_between_two_batches_is_reported_where_the_loop_is(self):
+        others = multiprocessing.active_children()
+        loading = loader(workers=1)
+        with pytest.raises(DataError, match="a loading process has died"), loading.watched():
+            batches = loading.epoch(0)
+            next(batches)
+            (worker,) = own_children(others)
+            threading.Timer(0.5, os.kill, (worker.pid, signal.SIGKILL)).start()
+            for _ in range(600):
+                time.sleep(0.1)
+        assert not own_children(others)
+
+    def test_files_are_named_where_there_are_some(self, write, write_pair):
+        for name in "ab":
+            write_pair(f"train/{name}.png", f"trainannot/{name}.png")
+        root = write("train/c.txt", "").parents[1]
+        dataset = KilledBy(root / "train" / "b.png", CamVidDataset(root, "train"))
+        with pytest.raises(DataError, match=r"train/b\.png with .*trainannot/b\.png, for 0 s"):
+            list(TrainLoader(dataset, TRANSFORM, batch_size=1, seed=0, workers=1).epoch(0))
+
+    def test_other_errors_of_a_worker_stay_what_they_are(self):
+        def fail():
+            raise RuntimeError("of the data set's own")
+
+        with pytest.raises(RuntimeError, match="of the data set's own"):
+            list(loader(Fatal(4, fail), workers=1).epoch(0))
+
+    def test_no_limit(self):
+        assert_same(list(loader(workers=1, timeout=0).epoch(0)), list(loader().epoch(0)))
+
+
+class KilledBy(SegmentationDataset):
+    """``dataset``, one of whose images ends the process that reads it."""
+
+    def __init__(self, path, dataset):
+        super().__init__(dataset.pairs, dataset.split, dataset.where)
+        self.path, self.dataset = path, dataset
+
+    def __getitem__(self, index):
+        if self.pairs[index].image == self.path:
+            be_killed()
+        return self.dataset[index]

@@ -97,7 +97,14 @@ def test_images_missing_from_voc_come_from_sbd(roots, tmp_path, write, capsys):
     out = capsys.readouterr().out
     assert "1 of the images are not in VOC's JPEGImages" in out
     assert "10582" in out
-    assert VocDataset(roots[1], "train_aug")[1].image[0, 0, 0] == 9
+    assert "--allow-outside-root lets it be read" in out
+    assert VocDataset(roots[1], "train_aug", allow_outside_root=True)[1].image[0, 0, 0] == 9
+
+
+def test_an_id_never_leads_out_of_the_folder_of_the_labels(roots, tmp_path, write):
+    write(f"{SBD}/train.txt", "../../evil\n")
+    with pytest.raises(DataError, match=r"train\.txt:1: expected an id such as .* got '../../evil'"):
+        convert_sbd(*roots)
 
 
 def test_wrong_roots(roots, tmp_path):

@@ -71,7 +71,9 @@ def test_train_aug_list(devkit, write, place, lines):
 def test_list_may_hold_absolute_paths(devkit, write, write_pair, tmp_path):
     write_pair("elsewhere/e.jpg", "elsewhere/e.png", fill=5)
     write(f"{HOME}/train_aug.txt", f"{tmp_path}/elsewhere/e.jpg {tmp_path}/elsewhere/e.png\n")
-    assert fills(VocDataset(devkit, "train_aug")) == {"e": 5}
+    assert fills(VocDataset(devkit, "train_aug", allow_outside_root=True)) == {"e": 5}
+    with pytest.raises(DataError, match=r"train_aug\.txt:1: .*elsewhere/e\.jpg is outside of"):
+        VocDataset(devkit, "train_aug")
 
 
 def test_train_aug_without_its_folder_names_the_command(devkit):

@@ -1,0 +1,132 @@
+"""Runs that are long in steps and short in time, in a process of their own. As a script it prints, as JSON, a list of
+:func:`usage` over the run: ``python long_runs.py train FOLDER`` or ``python long_runs.py predict``."""
+
+import gc
+import json
+import os
+import sys
+import threading
+from pathlib import Path
+from unittest.mock import patch
+
+import cv2
+import numpy as np
+import torch
+from torch import nn
+
+from dfn_fast.backbone import BasicBlock, ResNet, make_stage
+from dfn_fast.config import TrainConfig
+from dfn_fast.inference import Predictor
+from dfn_fast.interrupt import StopRequest
+from dfn_fast.model import FastDFN
+from dfn_fast.pipeline import Pipeline
+from dfn_fast.run import Run
+from dfn_fast.run_folder import RunFolder
+
+ITERATIONS, IMAGES, BLOCK = 2000, 500, 10
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class TinyResNet(ResNet):
+    """Eight channels and a block in each stage: with the least of ResNets a step would take ten times as long."""
+
+    def __init__(self, depth: str, stem: str, norm_layer=nn.BatchNorm2d):
+        nn.Module.__init__(self)
+        self.depth, self.stem, self.channels = depth, stem, (8,) * 4
+        self.conv1, self.bn1 = nn.Conv2d(3, 8, 7, 2, 3, bias=False), norm_layer(8)
+        self.relu, self.maxpool = nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)
+        self.layer1, self.layer2, self.layer3, self.layer4 = (
+            make_stage(BasicBlock, 8, 8, 1, stride, norm_layer) for stride in (1, 2, 2, 2)
+        )
+
+
+def usage() -> dict[str, int]:
+    """What the process holds, once what is garbage has been collected."""
+    gc.collect()
+    held = {
+        "rss": int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"),
+        "objects": len(gc.get_objects()),
+        "files": len(os.listdir("/proc/self/fd")),
+        "threads": threading.active_count(),
+        "tasks": len(os.listdir("/proc/self/task")),
+    }
+    if DEVICE == "cuda":
+        held |= {"allocated": torch.cuda.memory_allocated(), "reserved": torch.cuda.memory_reserved()}
+    return held
+
+
+class WatchedRun(Run):
+    """A run that notes its usage where it writes a line of metrics."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.usage: list[dict[str, int]] = []
+
+    def log_step(self, loss, board):
+        super().log_step(loss, board)
+        self.usage.append(usage())
+
+
+def write_images(folder: Path, count: int) -> None:
+    """A data set of two classes, in the layout of ``--data folder``."""
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for kind in ("images", "masks"):
+            (folder / split / kind).mkdir(parents=True)
+        for i in range(count if split == "train" else 2):
+            label = rng.integers(0, 2, (4, 4), np.uint8).repeat(10, 0).repeat(10, 1)
+            cv2.imwrite(str(folder / split / "masks" / f"{i}.png"), label)
+            cv2.imwrite(str(folder / split / "images" / f"{i}.png"), np.stack([label * 99] * 3, -1))
+    (folder / "classes.txt").write_text("ground\nblob\n")
+
+
+def train(folder: Path) -> list[dict[str, int]]:
+    """The loop of a whole run: a loader with a process of its own, metrics, validation and checkpoints. Without oneDNN,
+    which would take half of the time to look up its primitives."""
+    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
+    write_images(folder / "data", 400)
+    # fmt: off
+    config = TrainConfig(
+        data="folder", root=str(folder / "data"), crop=(32, 32), scales=(0.75, 1.0), border_width=3, workers=1,
+        backbone="resnet18", stem="conv7", channels=8, border_channels=4, batch_size=2, lr=1e-4, compile=False,
+        device=DEVICE, iterations=ITERATIONS, log_every=25, checkpoint_every=100, val_every=2,
+        deep_supervision=False,
+    )
+    # fmt: on
+    with patch("dfn_fast.reference.ResNet", TinyResNet):
+        run = WatchedRun(config, RunFolder(folder / "run"), StopRequest())
+    run.folder.path.mkdir()
+    run.train()
+    assert run.position.iteration == ITERATIONS
+    return run.usage
+
+
+def predict() -> list[dict[str, int]]:
+    """Images of as many sizes, through readers, a predictor and writers, as ``dfn_fast.predict`` has them."""
+    with patch("dfn_fast.reference.ResNet", TinyResNet):
+        model = FastDFN(3, backbone="resnet18", stem="conv7", channels=8, border_channels=4)
+    model.eval()
+    settings = ({}, {"scales": (0.75, 1.25), "flip": True}, {"window": 48})
+    predictors = [Predictor(model, device=DEVICE, amp="off", graph_cache_bytes=1 << 24, **s) for s in settings]
+    rng = np.random.default_rng(0)
+    sizes = rng.choice(64 * 64, IMAGES, replace=False)  # no two alike
+    images = [rng.integers(0, 256, (33 + n // 64, 33 + n % 64, 3), np.uint8) for n in sizes.tolist()]
+    found, shapes = [], []
+
+    def write(number: int, labels: np.ndarray) -> None:
+        shapes.append((number, labels.shape))
+
+    for begin in range(0, IMAGES, BLOCK):
+        predictor = predictors[begin // BLOCK % len(predictors)]
+        Pipeline(images.__getitem__, predictor, write, lambda number, error: None)(range(begin, begin + BLOCK))
+        assert sorted(shapes) == [(i, images[i].shape[:2]) for i in range(begin, begin + BLOCK)]
+        shapes.clear()
+        found.append(usage())
+    return found
+
+
+if __name__ == "__main__":
+    cv2.setNumThreads(1)
+    gc.freeze()  # what the imports made is neither searched nor counted
+    result = train(Path(sys.argv[2])) if sys.argv[1] == "train" else predict()
+    print(json.dumps(result))

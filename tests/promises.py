@@ -1,0 +1,109 @@
+"""What the project promises, and the tests that keep each promise: the table of the README.
+
+``python tests/promises.py`` writes the table between two markers of the README, its numbers from pytest's own
+collection; test_promises.py fails where they no longer fit.
+"""
+
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+BEGIN = "<!-- made by python tests/promises.py: do not edit -->"
+END = "<!-- end of promises -->"
+
+
+@dataclass(frozen=True)
+class Promise:
+    """A promise, the tests that keep it (``file`` or ``file::function``, below tests/), and what one of them counts."""
+
+    text: str
+    tests: tuple[str, ...]
+    within: str = ""  # what a single test goes through
+
+
+PROMISES = [
+    Promise("every operator equals its definition in float64, gradients included", (
+        "kernels/test_channel_attention.py", "kernels/test_upsample_add.py", "kernels/test_cross_entropy.py",
+        "kernels/test_focal_loss.py", "kernels/test_multiscale.py", "kernels/test_preprocess.py",
+        "kernels/test_conv3x3.py",
+    )),
+    Promise("sides of 0 and 1, gaps, odd offsets, any strides: the right result, or an error with the operand's name", (
+        "kernels/test_edges.py", "test_arrays.py",
+    )),
+    Promise("every kernel compiles for four architectures without spills", ("kernels/test_compile.py",)),
+    Promise("debug mode names the operator of a device's error", (
+        "kernels/test_debug.py", "kernels/test_sanitizer.py",
+    )),
+    Promise("the fast network equals the plain one: scores, losses, gradients, labels", (
+        "test_model.py", "test_fused.py", "test_step.py",
+    )),
+    Promise("published checkpoints load; weights go to the plain network and back bit for bit", ("test_weights.py",)),
+    Promise("a killed run continues, and ends with the bits of an undisturbed one", (
+        "test_crash.py::test_a_hundred_kills_change_no_bit",
+        "test_crash.py::test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew",
+    ), "100 kills"),
+    Promise("a damaged checkpoint is named, and the one before taken", (
+        "test_crash.py::test_a_damaged_last_checkpoint_is_named_and_the_one_before_continues",
+        "test_crash.py::test_two_damaged_checkpoints_are_both_named", "test_checkpoint.py",
+    )),
+    Promise("a full disk, a read-only or removed folder is named, and the checkpoint stays", (
+        "test_crash.py::test_a_file_that_cannot_be_written_is_named_and_the_checkpoint_stays",
+        "test_crash.py::test_a_picture_that_cannot_be_written_is_named",
+        "test_crash.py::test_a_folder_that_is_removed_during_the_run_is_named",
+        "test_crash.py::test_a_checkpoint_that_meets_the_limit_midway_leaves_the_one_before",
+    )),
+    Promise(
+        "every broken file is read or refused by name, in bounded time and memory", ("test_fuzz.py",), "3,000 files"
+    ),
+    Promise("hostile images, lists, names and checkpoints are refused by name", ("data/test_hostile.py",)),
+    Promise("a loading process that dies or hangs is reported with its sample", ("data/test_loader.py",)),
+    Promise("N processes compute what one does, and go on after one is killed", ("test_distributed.py",)),
+    Promise("the same bits twice with `--deterministic`", ("test_determinism.py",)),
+    Promise("memory, file handles and threads stay flat", ("test_long_runs.py",), "2,000 steps, 500 images"),
+    Promise("losses, gradients and weights that are not finite stop the run, with a diagnosis", (
+        "test_training.py", "test_step.py",
+    )),
+    Promise("one window or batch or graph more or less changes no label", ("test_inference.py", "test_graph_cache.py")),
+    Promise("exported programs compute what the network does", ("test_export.py",)),
+]  # fmt: skip
+
+
+def belongs(node: str, test: str) -> bool:
+    """Whether a collected ``tests/file.py::name[case]`` is one of a test's cases."""
+    return node.split("[")[0].startswith(f"tests/{test}::") or node.split("[")[0] == f"tests/{test}"
+
+
+def table(cases: Iterable[str], on_a_gpu: Iterable[str]) -> str:
+    """Markdown, from the names of all cases and of those that want a GPU."""
+    gpu = set(on_a_gpu)
+    cases = list(cases)
+    lines = ["| promise | kept by | cases | on a GPU |", "|---|---|---:|---:|"]
+    for promise in PROMISES:
+        found = [node for node in cases if any(belongs(node, test) for test in promise.tests)]
+        more = len([node for node in found if node in gpu])
+        files = ", ".join(dict.fromkeys(f"`{test.split('::')[0]}`" for test in promise.tests))
+        within = f" ({promise.within})" if promise.within else ""
+        lines.append(f"| {promise.text} | {files} | {len(found) - more:,}{within} | {more or '-'} |")
+    return "\n".join(lines)
+
+
+def collected(*options: str) -> list[str]:
+    """The names of the tests that pytest finds."""
+    listing = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *options]
+    done = subprocess.run(listing, capture_output=True, text=True, cwd=ROOT, check=True)
+    return [line for line in done.stdout.splitlines() if "::" in line]
+
+
+def with_table(readme: str, content: str) -> str:
+    """The README with ``content`` in place of what stands between its markers."""
+    before, _, rest = readme.partition(BEGIN)
+    return before + BEGIN + "\n\n" + content + "\n\n" + END + rest.partition(END)[2]
+
+
+if __name__ == "__main__":
+    text = table(collected(), collected("-m", "gpu"))
+    README.write_text(with_table(README.read_text(encoding="utf-8"), text), encoding="utf-8")

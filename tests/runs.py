@@ -1,0 +1,56 @@
+"""Training runs of a second or two, and the comparison of two that should be one: every bit but the times."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import nn
+
+from dfn_fast.backbone import LAYERS, BasicBlock
+from dfn_fast.run_folder import RunFolder
+
+# Twelve iterations in four epochs, two validations; a checkpoint after iterations 0, 2, 3, 4, 6, 8, 9, 10 and 12.
+SMALL_RUN = "synthetic --backbone resnet18 --channels 8 --no-border --no-deep-supervision --crop 32 --batch-size 3"
+SMALL_RUN += " --workers 0 --device cpu --amp off --log-every 1 --checkpoint-every 2 --epochs 4 --val-every 2"
+
+
+class ThinBlock(BasicBlock):
+    """A residual block of few weights: checkpoints are small, and there is time for more of them."""
+
+    def __init__(self, in_channels: int, width: int, stride: int, downsample: nn.Module | None, norm_layer):
+        super().__init__(1, 1, stride, downsample, norm_layer)
+        self.conv1, self.bn1 = nn.Conv2d(in_channels, width, 1, stride, bias=False), norm_layer(width)
+        self.conv2, self.bn2 = nn.Conv2d(width, width, 1, bias=False), norm_layer(width)
+
+
+@contextlib.contextmanager
+def small_runs() -> Iterator[None]:
+    """Within it, ``SMALL_RUN`` is small: few weights, few scenes, and no pictures, which take as long as the rest."""
+    with (
+        patch.dict(LAYERS, resnet18=(ThinBlock, (1, 1, 1, 1))),
+        patch("dfn_fast.data.synthetic.LENGTHS", {"train": 9, "val": 2}),
+        patch("dfn_fast.train.draw"),
+    ):
+        yield
+
+
+def differences(a: Any, b: Any, where: str = "") -> list[str]:
+    """The places where two checkpoints differ in a single bit; times are left out."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        return [
+            x
+            for key in a
+            if key not in ("seconds", "output_dir")
+            for x in differences(a[key], b[key], f"{where}.{key}")
+        ]
+    if isinstance(a, list | tuple):
+        return [x for i, pair in enumerate(zip(a, b, strict=True)) for x in differences(*pair, f"{where}.{i}")]
+    same = torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+    return [] if same else [where]
+
+
+def timeless_metrics(run: RunFolder) -> list[dict[str, Any]]:
+    return [{**record, "images_per_second": 0} for record in run.metrics()]
