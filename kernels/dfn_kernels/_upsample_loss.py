@@ -19,7 +19,7 @@ from dfn_kernels._resize_rows import RowResize
 REDUCTIONS = ("mean", "sum", "none")
 LABELS = (torch.uint8, torch.int32, torch.int64)
 MAX_CLASSES = 256
-CHUNK = 1 << 21  # numbers that the CPU path holds at a time: 8 MB in float32; smaller ones pay more in calls
+CHUNK = 1 << 19  # numbers that the CPU path holds at a time: 2 MB in float32
 PER_PIXEL = 12  # of them, besides the resized logits
 
 
@@ -136,8 +136,9 @@ def _forward_by_chunks(
     gradient = logits.new_zeros((B, h, K, w) if need_grad else (0,), dtype=acc)
     pixel_loss = logits.new_zeros(labels.shape if reduction == "none" else (0,), dtype=acc)
     sums = logits.new_zeros(2, dtype=torch.float64)  # of loss and weight
-    resize = RowResize((h, w), (H, W), CHUNK // ((K + PER_PIXEL) * W), gradient)
-    images = max(1, CHUNK // ((K + PER_PIXEL) * H * W))
+    chunk = 2 * CHUNK if rule.sigmoid else CHUNK  # few classes pay more for each call
+    resize = RowResize((h, w), (H, W), chunk // ((K + PER_PIXEL) * W), gradient)
+    images = max(1, chunk // ((K + PER_PIXEL) * H * W))
     for part in (slice(first, first + images) for first in range(0, B, images)):
         image = logits[part].permute(2, 0, 1, 3).to(acc).contiguous()  # [h, images, K, w]
         if not rule.sigmoid:  # an offset that all classes share changes nothing, and costs digits in the resize
