@@ -251,7 +251,8 @@ class Run:
             if wrong:
                 raise TypeError(f"position: {', '.join(wrong)}")
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            path = self.folder.last if self.folder.last_is_whole else self.folder.previous
             raise CheckpointError(
-                f"{self.folder.path}: its checkpoint is not that of a run of this network "
+                f"{path}: this is not the checkpoint of a run of this network "
                 f"({type(error).__name__}: {shortened(str(error))}); continue from a copy of it, or use --weights"
             ) from error

@@ -147,6 +147,7 @@ def free_port() -> int:
 def in_pair(rank: int, ports: list[int], folder: Path) -> None:
     """All that needs two processes; the first writes what it found to found.pth."""
     os.chdir(folder)
+    torch.set_num_threads(1)  # as torchrun has it: the same sums, to the last bit
     environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost"}
     os.environ.update({name: str(value) for name, value in environment.items()})
     found = {}
@@ -383,10 +384,19 @@ def test_a_killed_worker_is_started_again_and_the_run_ends_as_if_nothing_had_bee
     folder, _ = pair
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
     command += ["-m", "dfn_fast.train", *TINY.split()]  # the folder is the default one, and stays it
-    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     try:
         last = folder / "runs" / "camvid" / "last.pth"
-        while not last.exists():
+        while not last.with_name(
+            "previous.pth"
+        ).exists():  # the checkpoint of iteration 2 takes the name of the start's
             assert process.poll() is None, process.communicate()[1]
             time.sleep(0.01)
         os.kill(worker_of(process.pid, 1), signal.SIGKILL)
