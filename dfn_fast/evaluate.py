@@ -23,13 +23,13 @@ from dfn_fast.data.base import SegmentationDataset
 from dfn_fast.data.registry import DATASETS, build_dataset
 from dfn_fast.distributed import ALONE, World, processes
 from dfn_fast.errors import ConfigError
+from dfn_fast.execution import choose_algorithms, choose_device
 from dfn_fast.inference import Predictor
 from dfn_fast.inference_options import IMAGES_BAR, add_inference_options, predictor_from
 from dfn_fast.interrupt import Stopped
 from dfn_fast.loading import LoadedModel, load_model
 from dfn_fast.metrics import BorderScore, BoundaryFScore, ConfusionMatrix
 from dfn_fast.run_folder import finite
-from dfn_fast.training import choose_algorithms, choose_device
 
 EXAMPLES = """\
 examples:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dfn_fast import cli
 from dfn_fast.data.transforms import IMAGENET_MEAN, IMAGENET_STD, normalize, scale_and_shift
 from dfn_fast.errors import ConfigError
+from dfn_fast.execution import choose_device
 from dfn_fast.export_formats import (
     EXTRA_FILE,
     LAST_OPSET,
@@ -28,7 +29,6 @@ from dfn_fast.export_formats import (
 )
 from dfn_fast.loading import LoadedModel, load_model
 from dfn_fast.reference import MIN_SIZE, ReferenceDFN
-from dfn_fast.training import choose_device
 
 # The largest difference allowed, as a share of the range of the log-probabilities.
 TOLERANCE = 1e-4

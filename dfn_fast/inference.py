@@ -35,6 +35,7 @@ from torch import Tensor
 
 from dfn_fast.data.transforms import IMAGENET_MEAN, IMAGENET_STD, normalize
 from dfn_fast.errors import ConfigError, UserError
+from dfn_fast.execution import HALVES, inductor_options
 from dfn_fast.fused import FusedDFN
 from dfn_fast.graph_cache import CudaGraphs, GraphCache, bucketed, pad_to
 from dfn_fast.losses import at_least_float32
@@ -42,7 +43,7 @@ from dfn_fast.reference import MIN_SIZE, ReferenceDFN, resize
 from dfn_fast.windows import WEIGHTS, Inside, WholeScores, WindowScores, pad, resized_rows
 
 PRESETS = ("mean", "torchseg")
-AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+AMP_DTYPES = {"off": None, **HALVES}
 AMPS = ("auto", *AMP_DTYPES)
 AGREEMENT = 0.999  # of labels in bf16 with those in float32: what "auto" asks of the first image on a CPU
 TORCHSEG_WINDOW = 512
@@ -358,9 +359,7 @@ class Predictor:
         """Stride-4 scores of normalised images ``[B, 3, h, w]``; half as many at a time where memory ends."""
         network = self.network
         if self.compile and self._compiled is None:
-            # On a GPU Inductor chooses among kernels by timing them, unless told not to.
-            timeless = {"deterministic": torch.are_deterministic_algorithms_enabled()}
-            options: Any = {"freezing": True} if x.device.type == "cpu" else timeless
+            options = inductor_options(freezing=x.device.type == "cpu")
             self._compiled = torch.compile(network.scores, options=options)
         try:
             return self._compiled(x) if self.compile else network.scores(x)

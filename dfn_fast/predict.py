@@ -14,13 +14,13 @@ from dfn_fast.data.cityscapes import TRAIN_ID_TO_LABEL_ID
 from dfn_fast.data.files import read_image, write_image, write_label
 from dfn_fast.data.voc import VocDataset
 from dfn_fast.errors import ConfigError, DataError, UserError
+from dfn_fast.execution import choose_device
 from dfn_fast.inference import Predictor
 from dfn_fast.inference_options import IMAGES_BAR, add_inference_options, predictor_from
 from dfn_fast.loading import LoadedModel, load_model
 from dfn_fast.pipeline import Pipeline
 from dfn_fast.predict_jobs import ImageJob, Job, VideoJob, described, jobs_for, require_writable
 from dfn_fast.predict_video import Picture, Recording, picture_size
-from dfn_fast.training import choose_device
 from dfn_fast.visualize import legend, overlay
 
 FORMATS = ("plain", "voc", "cityscapes")

@@ -19,13 +19,16 @@ from dfn_fast.data.registry import build_dataset
 from dfn_fast.data.transforms import TrainTransform
 from dfn_fast.distributed import ALONE, World
 from dfn_fast.errors import CheckpointError, ConfigError
+from dfn_fast.execution import choose_device
 from dfn_fast.interrupt import Stopped, StopRequest
 from dfn_fast.loading import FORMAT
+from dfn_fast.loss_watch import LossWatch
 from dfn_fast.profiling import StepProfiler
 from dfn_fast.regions import region
 from dfn_fast.run_folder import RunFolder
 from dfn_fast.run_report import TensorBoard, validate
-from dfn_fast.training import LossWatch, Position, Trainer, build_model, choose_device, seed_everything
+from dfn_fast.run_state import Position, seed_everything
+from dfn_fast.training import Trainer, build_model
 
 
 class Run:

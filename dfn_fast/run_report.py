@@ -13,7 +13,8 @@ from dfn_fast.inference import Predictor
 from dfn_fast.interrupt import StopRequest
 from dfn_fast.reference import ReferenceDFN
 from dfn_fast.run_folder import RunFolder, naming
-from dfn_fast.training import Position, Trainer
+from dfn_fast.run_state import Position
+from dfn_fast.training import Trainer
 from dfn_fast.visualize import plot_curves, prediction_sheet
 
 SHEET_ROWS = 4

@@ -7,11 +7,11 @@ from dfn_fast.checkpoint import read_file
 from dfn_fast.config import TrainConfig
 from dfn_fast.distributed import Agent, World, processes
 from dfn_fast.interrupt import Stopped, StopRequest
+from dfn_fast.loss_watch import NonFiniteLoss
 from dfn_fast.options import new_config, parser, resumed_config
 from dfn_fast.run import Run
 from dfn_fast.run_folder import RunFolder, default_folder
 from dfn_fast.run_report import draw, summarise
-from dfn_fast.training import NonFiniteLoss
 
 
 def main(argv: list[str] | None = None) -> int:

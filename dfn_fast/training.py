@@ -1,21 +1,16 @@
-"""The parts of a training run: optimiser, schedule, step, and the state that a run continues from, bit by bit."""
+"""The parts of a training run: network, optimiser, schedule, and the step, with the state that it continues from."""
 
 import contextlib
 import copy
-import importlib.util
-import os
-import random
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dfn_fast.checkpoint import SHOWN, load_weights
+from dfn_fast.checkpoint import load_weights
 from dfn_fast.config import TrainConfig
 from dfn_fast.cuda_graph import GraphedStep, SideStream, capture
 from dfn_fast.data.loader import Batch
@@ -34,57 +29,15 @@ from dfn_fast.distributed import (
     sharded_state,
     valid_shares,
 )
-from dfn_fast.errors import ConfigError, UserError
+from dfn_fast.errors import ConfigError
+from dfn_fast.execution import choose_amp, choose_compile, choose_device, inductor_options
+from dfn_fast.loss_watch import Gradients, NonFiniteLoss, broken_names, some
 from dfn_fast.losses import SigmoidFocalLoss
 from dfn_fast.memory import set_memory
 from dfn_fast.model import FastDFN
 from dfn_fast.reference import ReferenceDFN
 from dfn_fast.regions import region
-
-AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-MAX_SKIPPED = 20  # fp16 steps in a row: each halves the scale of the loss, from 65536 down to 1/16
-
-
-class NonFiniteLoss(UserError):
-    """A loss, gradient or weight is nan or infinite; the text says which, since which iteration, and what to try."""
-
-
-def choose_device(name: str, world: World = ALONE) -> torch.device:
-    """``"auto"``: CUDA where there is one, else the CPU; a device that is not there is an error."""
-    name = world.device_name(name)
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"--device {name!r} is no device; write cuda, cuda:1, cpu or auto") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            f"--device {name}: PyTorch finds {torch.cuda.device_count()} CUDA devices here; use cpu or auto"
-        )
-    return device
-
-
-def choose_amp(name: str, device: torch.device) -> torch.dtype | None:
-    """The dtype of autocast, or None for float32."""
-    if name == "auto":
-        name = "bf16" if device.type == "cuda" or has_bf16_units() else "off"
-    if name == "fp16" and device.type == "cpu":
-        raise ConfigError("--amp fp16 needs a GPU; on a CPU use --amp bf16 or off")
-    return AMP_DTYPES.get(name)
-
-
-def has_bf16_units() -> bool:
-    """Whether the CPU multiplies bf16 matrices in hardware (AMX): several times as fast as float32 then."""
-    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return bool(supported and supported())
-
-
-def choose_compile(choice: bool | None, device: torch.device) -> bool:
-    """None: on CUDA where there is a Triton to compile with; never on a CPU, where it slows training."""
-    if choice is None:
-        return device.type == "cuda" and importlib.util.find_spec("triton") is not None
-    return choice
+from dfn_fast.run_state import random_state, set_random_state
 
 
 def compiles(config: TrainConfig, device: torch.device) -> bool:
@@ -146,29 +99,6 @@ def require_possible(config: TrainConfig, world: World) -> None:
         raise ConfigError("--cuda-graph records the work of one process alone; leave it out with several")
 
 
-@dataclass
-class Position:
-    """How far a run is: what a checkpoint keeps besides the trainer's state."""
-
-    epoch: int = 0
-    step: int = 0  # optimiser steps done in this epoch
-    iteration: int = 0  # optimiser steps done in the run
-    loss_sum: float = 0.0  # over this epoch's steps
-    seconds: float = 0.0  # of training, without validation
-    best_mean_iou: float = -1.0
-    last_mean_iou: float = -1.0
-    per_class_iou: list[float] = field(default_factory=list)
-    skipped_steps: int = 0  # in the run, as their gradients overflowed fp16
-    skipped_in_a_row: int = 0  # up to now
-
-
-class Gradients(NamedTuple):
-    """What is kept of a step's gradients."""
-
-    names: list[str]  # of the parameters that have one
-    finite: Tensor  # [P] bool, on the device
-
-
 class TrainingLoss(nn.Module):
     """The forward pass of a step as one function, which ``torch.compile`` makes one graph of.
 
@@ -189,18 +119,10 @@ class TrainingLoss(nn.Module):
 
 def compile_loss(loss: TrainingLoss) -> nn.Module:
     """``loss`` compiled for one shape of batch, as a single graph: a break in it would be an error."""
-    return torch.compile(loss, fullgraph=True, dynamic=False, options=inductor_options())  # type: ignore[return-value]
-
-
-def inductor_options() -> dict[str, Any]:
-    """Without the first, Inductor leaves channels_last where any 3x3 convolution has half as many outputs as inputs or
-    fewer, as the composed convolution of a head does."""
-    import torch._inductor  # not at the top: it takes a second, and most runs on a CPU never need it
-
-    wanted = {"force_layout_optimization": True}
-    if torch.are_deterministic_algorithms_enabled():
-        wanted["deterministic"] = True  # or it would choose among kernels by timing them
-    return {name: value for name, value in wanted.items() if name in torch._inductor.list_options()}
+    # Without it Inductor leaves channels_last where any 3x3 convolution has half as many outputs as inputs or fewer, as
+    # the composed convolution of a head does.
+    options = inductor_options(force_layout_optimization=True)
+    return torch.compile(loss, fullgraph=True, dynamic=False, options=options)  # type: ignore[return-value]
 
 
 class Trainer:
@@ -403,136 +325,3 @@ class Trainer:
                 kept["momentum_buffer"] = torch.empty_like(parameter).copy_(shard_like(momentum, parameter))
         self.scaler.load_state_dict(state["scaler"])
         set_random_state(state["random"])
-
-
-def seed_everything(seed: int, deterministic: bool) -> None:
-    """Seeds PyTorch, NumPy and Python; ``deterministic``: see :func:`choose_algorithms`."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-    choose_algorithms(deterministic)
-
-
-def choose_algorithms(deterministic: bool) -> None:
-    """Asks for deterministic algorithms, with a warning where there is none, or for the fastest ones.
-
-    To be called before the first product of matrices on a GPU: cuBLAS looks at its workspace's size then.
-    """
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.backends.cudnn.benchmark = not deterministic
-    torch.use_deterministic_algorithms(deterministic, warn_only=True)
-
-
-def random_state() -> dict[str, Any]:
-    """The state of every random generator in the process, as tensors and plain values that ``weights_only`` loads."""
-    version, words, gauss = random.getstate()
-    name, keys, *rest = np.random.get_state(legacy=True)
-    state = {
-        "python": [version, list(words), gauss],
-        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
-        "torch": torch.get_rng_state(),
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
-    return state
-
-
-def set_random_state(state: dict[str, Any]) -> None:
-    """The inverse of :func:`random_state`; generators of other devices than today's are left alone."""
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
-
-
-def broken_names(names: Iterable[str], finite: Tensor) -> list[str]:
-    return [name for name, good in zip(names, finite.tolist(), strict=True) if not good]
-
-
-def some(broken: list[str], count: int) -> str:
-    """The first few of some names, which may be there twice, and how many of ``count`` they are."""
-    broken = list(dict.fromkeys(broken))
-    return f"{', '.join(broken[:SHOWN])}{', ...' if len(broken) > SHOWN else ''} ({len(broken)} of {count})"
-
-
-class Pending(NamedTuple):
-    iteration: int  # from 0
-    loss: Tensor  # scalar, on the device
-    names: list[str]  # of the images
-    gradients: Gradients | None
-
-
-class LossWatch:
-    """Losses that stay on the device until they are read, with the images that each came from and its gradients.
-
-    Reading waits for the device, so it is done every few iterations there; what is not finite is found then. In fp16
-    the scaler has skipped a step whose gradients overflowed: ``position`` counts it. A loss that is not finite is an
-    error in every precision: what made it so is in the statistics of the norm layers for good.
-    """
-
-    def __init__(self, trainer: Trainer | None = None, position: Position | None = None):
-        self.trainer, self.position = trainer, position or Position()
-        self.world = trainer.world if trainer else ALONE
-        self.pending: list[Pending] = []
-
-    def add(self, iteration: int, loss: Tensor, names: list[str]) -> None:
-        """The last step's."""
-        self.pending.append(Pending(iteration, loss, names, self.trainer.gradients if self.trainer else None))
-
-    def read(self) -> list[float]:
-        """The losses since the last call, of whole batches. Raises :class:`NonFiniteLoss` with iteration, images and
-        parameters, in all processes alike."""
-        if not self.pending:
-            return []
-        values = self.world.mean(torch.stack([self._verdict(step) for step in self.pending])).tolist()
-        for (loss, finite), step in zip(values, self.pending, strict=True):
-            if not np.isfinite(loss):
-                raise NonFiniteLoss(
-                    f"the loss is {loss} at iteration {step.iteration + 1}; the images were {self._images(step)}. "
-                    f"Look at these images and labels; {self._advice()}"
-                )
-            self._judge_gradients(step, loss, finite == 1)
-        self.pending.clear()
-        return [loss for loss, _ in values]
-
-    @staticmethod
-    def _verdict(step: Pending) -> Tensor:
-        """``[2]``: the loss, and 1 where all gradients are finite."""
-        finite = torch.ones_like(step.loss) if step.gradients is None else step.gradients.finite.all()
-        return torch.stack((step.loss, finite.to(step.loss.dtype)))
-
-    def _judge_gradients(self, step: Pending, loss: float, finite: bool) -> None:
-        position = self.position
-        if finite:
-            position.skipped_in_a_row = 0
-            return
-        if self.trainer is None or not self.trainer.scaler.is_enabled():
-            raise NonFiniteLoss(
-                f"the loss is {loss:.4g} but gradients are not finite at iteration {step.iteration + 1}; "
-                f"the images were {self._images(step)}, the parameters {self._parameters(step)}. "
-                "Look at these images and labels; "
-                f"{self._advice()}"
-            )
-        position.skipped_steps += 1
-        position.skipped_in_a_row += 1
-        if position.skipped_in_a_row >= MAX_SKIPPED:
-            first = step.iteration + 2 - position.skipped_in_a_row
-            raise NonFiniteLoss(
-                f"the {position.skipped_in_a_row} steps since iteration {first} were all skipped: "
-                f"the loss is {loss:.4g} but gradients overflowed, at iteration {step.iteration + 1} those of "
-                f"{self._parameters(step)}. The weights are those of before these steps; {self._advice()}"
-            )
-
-    def _images(self, step: Pending) -> str:
-        return ", ".join(self.world.gather(step.names))
-
-    def _parameters(self, step: Pending) -> str:
-        assert step.gradients is not None
-        return some(self.world.gather(broken_names(*step.gradients)), len(step.gradients.names))
-
-    def _advice(self) -> str:
-        return self.trainer.advice() if self.trainer else "lower --lr, or use --amp off or bf16"

@@ -9,9 +9,9 @@ from runs import SMALL_RUN, differences, small_runs, timeless_metrics
 
 from dfn_fast import evaluate, train
 from dfn_fast.checkpoint import read_file
+from dfn_fast.execution import choose_algorithms, inductor_options
 from dfn_fast.metrics import ConfusionMatrix
 from dfn_fast.run_folder import RunFolder
-from dfn_fast.training import choose_algorithms, inductor_options
 
 on_a_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 DEVICES = ["cpu", pytest.param("cuda", marks=on_a_gpu)]

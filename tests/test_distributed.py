@@ -38,6 +38,7 @@ from dfn_fast.distributed import (
 from dfn_fast.errors import ConfigError, UserError
 from dfn_fast.inference import Predictor
 from dfn_fast.interrupt import StopRequest
+from dfn_fast.loss_watch import LossWatch, NonFiniteLoss
 from dfn_fast.losses import SigmoidFocalLoss
 from dfn_fast.memory import set_memory
 from dfn_fast.model import FastDFN
@@ -45,7 +46,7 @@ from dfn_fast.reference import ReferenceDFN
 from dfn_fast.run import Run
 from dfn_fast.run_folder import RunFolder
 from dfn_fast.train import main
-from dfn_fast.training import LossWatch, NonFiniteLoss, require_possible
+from dfn_fast.training import require_possible
 
 PAIR = [World(rank, 2, rank) for rank in range(2)]
 TINY = "camvid --data folder --root photos --backbone resnet18 --channels 8 --border-channels 4 --crop 64"

@@ -11,21 +11,14 @@ from steps import COUNT, tiny_batch, tiny_trainer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dfn_fast.checkpoint import read_file
+from dfn_fast.execution import choose_compile, inductor_options
 from dfn_fast.interrupt import StopRequest
+from dfn_fast.loss_watch import MAX_SKIPPED, LossWatch, NonFiniteLoss
 from dfn_fast.run import Run
 from dfn_fast.run_folder import RunFolder
+from dfn_fast.run_state import Position
 from dfn_fast.train import main
-from dfn_fast.training import (
-    MAX_SKIPPED,
-    LossWatch,
-    NonFiniteLoss,
-    Position,
-    Trainer,
-    TrainingLoss,
-    choose_compile,
-    compile_loss,
-    inductor_options,
-)
+from dfn_fast.training import Trainer, TrainingLoss, compile_loss
 
 SYNTHETIC = "--channels 8 --no-border --no-deep-supervision --crop 32 --batch-size 3 --workers 0 --device cpu"
 
@@ -115,7 +108,7 @@ def test_inductor_keeps_channels_last_where_a_convolution_narrows():
         x, weight = torch.empty(2, 16, 8, 8, device="cuda"), torch.empty(8, 16, 3, 3, device="cuda")
         graph = make_fx(lambda x, weight: F.conv2d(x, weight, padding=1))(x, weight)
     assert not GraphLowering.decide_layout_opt(graph, is_inference=False)
-    with config.patch(inductor_options()):
+    with config.patch(inductor_options(force_layout_optimization=True)):
         assert GraphLowering.decide_layout_opt(graph, is_inference=False)
 
 

@@ -17,9 +17,10 @@ from dfn_fast.checkpoint import read_file
 from dfn_fast.data import base
 from dfn_fast.errors import CheckpointError, ConfigError, DataError
 from dfn_fast.loading import load_model
+from dfn_fast.loss_watch import NonFiniteLoss
 from dfn_fast.run_folder import RunFolder
 from dfn_fast.train import main
-from dfn_fast.training import NonFiniteLoss, Trainer, poly
+from dfn_fast.training import Trainer, poly
 
 TINY = "--data folder --backbone resnet18 --channels 8 --border-channels 4 --crop 64 --batch-size 3 --lr 0.001"
 TINY += " --border-width 3 --workers 0 --log-every 1 --device cpu --scales 0.75 1 --epochs 2"
@@ -135,7 +136,7 @@ def test_weights_that_are_not_finite_are_not_saved(tiny, monkeypatch):
         "dfn_fast.training.Trainer.step",
         lambda self, *_: self.model.backbone.bn1.weight.detach().fill_(torch.inf).sum() * 0,
     )
-    monkeypatch.setattr("dfn_fast.training.LossWatch.read", lambda self: [0.0])
+    monkeypatch.setattr("dfn_fast.loss_watch.LossWatch.read", lambda self: [0.0])
     with pytest.raises(NonFiniteLoss, match="weights are no longer finite"):
         tiny("run", "--resume", "--stop-after", "2")
     assert run.last.read_bytes() == before

@@ -2,15 +2,9 @@ import pytest
 import torch
 
 from dfn_fast.config import TrainConfig
-from dfn_fast.training import (
-    LossWatch,
-    NonFiniteLoss,
-    build_model,
-    parameter_groups,
-    poly,
-    random_state,
-    set_random_state,
-)
+from dfn_fast.loss_watch import LossWatch, NonFiniteLoss
+from dfn_fast.run_state import random_state, set_random_state
+from dfn_fast.training import build_model, parameter_groups, poly
 
 
 def small(**changes):

@@ -150,9 +150,8 @@ class TestList:
         dataset = ListDataset(tmp_path / "root", "lists/all.txt", num_classes=4, allow_outside_root=True)
         far = (tmp_path / "far" / "b").relative_to("/").as_posix()
         assert fills(dataset) == {"img/my photo": 1, "lists/near": 2, far: 3}
-        by_absolute_path = ListDataset(
-            tmp_path / "root", f"{tmp_path}/root/lists/all.txt", num_classes=4, allow_outside_root=True
-        )
+        list_file = str(tmp_path / "root" / "lists" / "all.txt")
+        by_absolute_path = ListDataset(tmp_path / "root", list_file, num_classes=4, allow_outside_root=True)
         assert by_absolute_path.pairs == dataset.pairs
 
     def test_a_split_is_the_file_of_its_name(self, tmp_path, write, write_pair):
