@@ -2,10 +2,13 @@
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 
 from dfn_fast.backbone import LAYERS, BasicBlock
@@ -34,6 +37,22 @@ def small_runs() -> Iterator[None]:
         patch("dfn_fast.train.draw"),
     ):
         yield
+
+
+def write_blobs(folder: Path, train: int, val: int, step: int, ignored: int = 0) -> None:
+    """A data set of bright blobs on dark ground, each ``step`` rows below the one before; ``ignored`` more columns of
+    each image than of the one before have label 255."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", train), ("val", val)):
+        for i in range(count):
+            label = np.zeros((48, 40), np.uint8)
+            label[step * i + 2 : step * i + 20, 10:30] = 1
+            image = rng.integers(0, 60, (48, 40, 3)) + 150 * label[..., None]
+            label[:, : ignored * i] = 255
+            for kind, array in (("images", image.astype(np.uint8)), ("masks", label)):
+                (folder / split / kind).mkdir(parents=True, exist_ok=True)
+                Image.fromarray(array).save(folder / split / kind / f"{i:02}.png")
+    (folder / "classes.txt").write_text("ground\nblob\n")
 
 
 def differences(a: Any, b: Any, where: str = "") -> list[str]:

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from PIL import Image
+from runs import write_blobs
 from steps import CLASSES, tiny_batch, tiny_trainer
 
 import dfn_fast.evaluate
@@ -125,18 +125,8 @@ def no_pictures(*what) -> None:
 
 
 def photos(folder: Path) -> None:
-    """Twelve training and three validation images: bright blobs on dark ground."""
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 12), ("val", 3)):
-        for i in range(count):
-            label = np.zeros((48, 40), np.uint8)
-            label[2 * i + 2 : 2 * i + 20, 10:30] = 1
-            image = rng.integers(0, 60, (48, 40, 3)) + 150 * label[..., None]
-            label[:, : 3 * i] = 255
-            for kind, array in (("images", image.astype(np.uint8)), ("masks", label)):
-                (folder / split / kind).mkdir(parents=True, exist_ok=True)
-                Image.fromarray(array).save(folder / split / kind / f"{i:02}.png")
-    (folder / "classes.txt").write_text("ground\nblob\n")
+    """Twelve training and three validation images, with ignored pixels in all but the first."""
+    write_blobs(folder, 12, 3, step=2, ignored=3)
 
 
 def free_port() -> int:

@@ -7,11 +7,10 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import differences, timeless_metrics
+from runs import differences, timeless_metrics, write_blobs
 
 from dfn_fast.checkpoint import read_file
 from dfn_fast.data import base
@@ -29,17 +28,7 @@ TINY += " --border-width 3 --workers 0 --log-every 1 --device cpu --scales 0.75 
 @pytest.fixture
 def photos(tmp_path):
     """A folder of nine training and two validation images: bright blobs on dark ground."""
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 9), ("val", 2)):
-        for i in range(count):
-            label = np.zeros((48, 40), np.uint8)
-            label[3 * i + 2 : 3 * i + 20, 10:30] = 1
-            image = rng.integers(0, 60, (48, 40, 3)) + 150 * label[..., None]
-            for kind, array in (("images", image.astype(np.uint8)), ("masks", label)):
-                folder = tmp_path / "photos" / split / kind
-                folder.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(array).save(folder / f"{i}.png")
-    (tmp_path / "photos" / "classes.txt").write_text("ground\nblob\n")
+    write_blobs(tmp_path / "photos", 9, 2, step=3)
     return tmp_path / "photos"
 
 
@@ -234,7 +223,7 @@ def test_accumulated_gradients_are_the_mean(tiny):
 def test_a_worker_that_dies_or_hangs_ends_the_run_with_its_sample(tiny, photos, monkeypatch):
     def hostile(how):
         def read(path):
-            if str(path).endswith("train/images/7.png") and multiprocessing.parent_process() is not None:
+            if str(path).endswith("train/images/07.png") and multiprocessing.parent_process() is not None:
                 how()
             return real(path)
 
@@ -246,7 +235,7 @@ def test_a_worker_that_dies_or_hangs_ends_the_run_with_its_sample(tiny, photos, 
         ("hangs", lambda: time.sleep(3600), "no batch came from the loading processes for 5 s"),
     ):
         monkeypatch.setattr(base, "read_image", hostile(how))
-        with pytest.raises(DataError, match=rf"{text}(.|\n)*train/images/7\.png with .*train/masks/7\.png"):
+        with pytest.raises(DataError, match=rf"{text}(.|\n)*train/images/07\.png with .*train/masks/07\.png"):
             tiny(name, "--workers", "2", "--loader-timeout", "5")
 
 
