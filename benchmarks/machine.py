@@ -62,6 +62,7 @@ def environment() -> dict[str, Any]:
         "triton": triton_version,
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "kernels": os.environ.get("DFN_KERNELS", "auto"),
     }
     return facts | _gpu_facts()

@@ -1,8 +1,8 @@
 """Result files: what a benchmark run measured, one JSON for each machine and date under ``benchmarks/results/``.
 
 ``python -m benchmarks.record FILE...`` takes the files that ``--benchmark-json`` wrote and adds their rows to
-``results/MACHINE/DATE.json``; rows of a suite that is there already are replaced. Kept are the machine's facts and
-each row's figures; host names, paths and raw times are not.
+``results/MACHINE/DATE.json``; rows of a group that is there already are replaced, so that a suite may be run in parts.
+Kept are the machine's facts and each row's figures; host names, paths and raw times are not.
 """
 
 import json
@@ -17,7 +17,7 @@ from dfn_fast.errors import ConfigError
 
 RESULTS = Path(__file__).with_name("results")
 FACTS = (
-    *("device", "python", "torch", "triton", "threads", "cpus", "kernels"),
+    *("device", "python", "torch", "triton", "threads", "cpus", "instructions", "kernels", "compile_mode"),
     *("cuda", "driver", "power_limit_watts", "sm_clock_max_mhz"),
     *("copy_gb_per_s", "product_float32_tflop_per_s", "product_bfloat16_tflop_per_s", "product_float16_tflop_per_s"),
 )
@@ -64,8 +64,10 @@ def rounded(value: Any) -> Any:
 
 
 def machine_name(machine: dict[str, Any]) -> str:
-    """A folder's name for the machine: ``amd-epyc-2-cpus``, ``nvidia-h200``."""
-    name = machine["device"] + ("" if "driver" in machine else f" {machine['cpus']} cpus")
+    """A folder's name for the machine: ``amd-epyc-avx2-2-cpus``, ``nvidia-h200``."""
+    name = machine["device"]
+    if "driver" not in machine:  # some makers give every generation of a CPU one name
+        name += f" {machine.get('instructions', '')} {machine['cpus']} cpus"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
@@ -82,14 +84,29 @@ def add(files: list[Path], results: Path = RESULTS) -> list[Path]:
 
 
 def merge(machine: dict[str, Any], date: str, suites: dict[str, list[dict[str, Any]]], results: Path = RESULTS) -> Path:
-    """Puts suites into the result file of a machine and date, in place of their former rows; returns the file."""
+    """Puts suites into the result file of a machine and date, each group in place of its former rows; returns the
+    file."""
     path = results / machine_name(machine) / f"{date}.json"
     content = json.loads(path.read_text()) if path.exists() else {"date": date, "machine": machine, "suites": {}}
     content["machine"] |= machine
-    content["suites"] |= suites
+    for suite, rows in suites.items():
+        content["suites"][suite] = with_newer(content["suites"].get(suite, []), rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(content, indent=1) + "\n")
     return path
+
+
+def with_newer(rows: list[dict[str, Any]], newer: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of a suite after another run of it, perhaps in part: a group that ran again has its new rows alone, in
+    its former place."""
+
+    def by_group(of: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+        groups: dict[str, list[dict[str, Any]]] = {}
+        for row in of:
+            groups.setdefault(row["group"], []).append(row)
+        return groups
+
+    return [row for group in (by_group(rows) | by_group(newer)).values() for row in group]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,7 +1,7 @@
 """``python -m benchmarks.report``: the tables of the README, made from the files under ``benchmarks/results/``.
 
 Writes them between two markers of the README; ``--check`` says instead whether they are there, as a test does. Of each
-machine the newest row of each benchmark counts, and every table names its file. A figure that a file does not have is a
+machine the newest rows of each group count, and every table names its files. A figure that a file does not have is a
 dash.
 """
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import plots
-from benchmarks.record import RESULTS
+from benchmarks.record import RESULTS, with_newer
 from dfn_fast import cli
 from dfn_fast.atomic import write_text
 
@@ -27,13 +27,17 @@ def machines(results: Path = RESULTS) -> list[Path]:
 
 
 def newest(folder: Path) -> tuple[Row, dict[str, dict[str, Any]]]:
-    """A machine's facts, and each suite's rows with the date of its newest file."""
+    """A machine's facts, and each suite's ``rows``, of each group the newest, with the ``files`` that they are from."""
     machine: Row = {}
     suites: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob("*.json")):
         content = json.loads(path.read_text())
         machine |= content["machine"]
-        suites |= {name: {"date": content["date"], "rows": rows} for name, rows in content["suites"].items()}
+        for name, rows in content["suites"].items():
+            fresh = [row | {"file": path.name} for row in rows]
+            suites[name] = {"rows": with_newer(suites[name]["rows"] if name in suites else [], fresh)}
+    for suite in suites.values():
+        suite["files"] = sorted({row["file"] for row in suite["rows"]})
     return machine, suites
 
 
@@ -231,7 +235,8 @@ def section(folder: Path) -> list[str]:
         if (folder / picture).is_file():
             lines += [f"![{words}](benchmarks/results/{folder.name}/{picture})", ""]
     for name in kept:
-        source = f"`{name}`, from `benchmarks/results/{folder.name}/{suites[name]['date']}.json`"
+        files = " and ".join(f"`benchmarks/results/{folder.name}/{file}`" for file in suites[name]["files"])
+        source = f"`{name}`, from {files}"
         body = [*TABLES[name](suites[name]["rows"]), "", source, ""]
         lines += folded(f"{name}: {len(suites[name]['rows'])} rows", body) if name in LONG else body
     return lines

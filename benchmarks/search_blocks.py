@@ -1,20 +1,29 @@
 """Searches the block sizes of ``dfn_kernels.tuning`` on this GPU and prints the tables to put there.
 
-``python -m benchmarks.search_blocks [--table POOL] [--dry-run]``. Each entry of a table starts from its present value;
-its neighbours (a number halved or doubled, or one halved and another doubled) are timed at every shape of DFN-R101
-that reads the entry, the best becomes the start of the next step, until none is better by two percent. A candidate
-that does not compile or gives another result than the definition is left out. ``--dry-run`` tries three neighbours at
-tiny shapes in Triton's interpreter: its times mean nothing, it shows that the search works.
+``python -m benchmarks.search_blocks [--table POOL] [--minutes M] [--dry-run]``. Each entry of a table starts from its
+present value; its neighbours (a number halved or doubled, or one halved and another doubled) are timed at every shape
+of DFN-R101 that reads the entry, the best becomes the start of the next step, until none is better by two percent. A
+candidate that does not compile or gives another result than the definition is left out. All entries take a step
+together: their candidates are compiled by several processes first, into Triton's cache, and then timed one by one with
+the GPU to themselves. The tables so far are printed after each step, so that a search that is cut off leaves something.
+``--dry-run`` tries three neighbours at tiny shapes in Triton's interpreter: its times mean nothing, it shows that the
+search works.
 """
 
 import argparse
+import contextlib
 import datetime
+import functools
 import itertools
 import math
+import multiprocessing
 import os
 import statistics
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
@@ -22,22 +31,27 @@ if TYPE_CHECKING:
     from benchmarks.measure import Case, Trial
 
 GAIN = 0.98  # a candidate replaces the present tile if it takes less than this share of its time
+HOPELESS = 1.15  # one that takes more than this many times its time in a few calls is not timed in more
 WARPS = 16
+STEPS = 8
 Path = tuple[Any, ...]  # a table's name, then the keys that lead to a tile
 
 
-class EntryReadError(Exception):
-    """A call has read the entry that was replaced by a probe."""
+class Watched:
+    """A tile that says when it is read: what reads any of its numbers uses it."""
 
-
-class Probe:
-    """Stands in for a tile: whatever is read of it shows that it is used."""
+    def __init__(self, tile: Any, when_read: Callable[[], None]) -> None:
+        self._watched = tile, when_read
 
     def __getattr__(self, name: str) -> Any:
-        raise EntryReadError
+        tile, when_read = self._watched
+        when_read()
+        return getattr(tile, name)
 
     def __iter__(self) -> Iterator[Any]:
-        raise EntryReadError
+        tile, when_read = self._watched
+        when_read()
+        return iter(tile)
 
 
 def is_tile(value: Any) -> bool:
@@ -93,13 +107,13 @@ def users(paths: list[Path], cases: list[tuple["Case", bool]]) -> dict[Path, lis
 
     found: dict[Path, list[tuple[Case, bool]]] = {path: [] for path in paths}
     for case, backward in cases:
-        trial = Trial(case, backward)
-        for path in paths:
-            try:
-                with override(path, Probe()):
-                    trial.run("ours")
-            except EntryReadError:
-                found[path].append((case, backward))
+        read: set[Path] = set()
+        with contextlib.ExitStack() as watching:
+            for path in paths:
+                watching.enter_context(override(path, Watched(entry(path), functools.partial(read.add, path))))
+            Trial(case, backward).run("ours")
+        for path in read:
+            found[path].append((case, backward))
     return found
 
 
@@ -111,36 +125,104 @@ def time_ratio(trial: "Trial", path: Path, tile: Any, rounds: int) -> float:
         with override(path, tile):
             trial.run("ours")
 
+    calls = {"present": lambda: trial.run("ours"), "candidate": candidate}
     try:
         with override(path, tile):
             trial.check("ours")
-        times = measure.alternate({"present": lambda: trial.run("ours"), "candidate": candidate}, rounds)
+        for calls_each in (max(rounds // 6, 1), rounds):
+            times = measure.alternate(calls, calls_each)
+            ratio = measure.median_ratio(times["candidate"], times["present"])
+            if ratio > HOPELESS:
+                break
     except Exception as error:  # too much shared memory, a tile that the kernel cannot take, a wrong result
         measure.synchronize()  # raises if the failure was a crash that the device does not survive
         print(f"  left out: {type(error).__name__}: {str(error)[:100]}")
         return math.inf
-    return measure.median_ratio(times["candidate"], times["present"])
+    return ratio
 
 
-def search(path: Path, trials: list["Trial"], steps: int, rounds: int, most: int | None = None) -> Any:
-    """The best tile for an entry, by the geometric mean over the trials of its time over the present tile's.
+@dataclass
+class Search:
+    """One entry on its way from its present tile to the best one, by the geometric mean over the calls that read it of
+    the time with a tile over that with the present one."""
+
+    path: Path
+    users: list[tuple["Case", bool]]
+    best: Any
+    score: float = 1.0
+    seen: set[Any] = field(default_factory=set)
+
+    def candidates(self, most: int | None = None) -> list[Any]:
+        """The neighbours of the best tile that were not tried yet, at most ``most``; none: the search is over."""
+        self.seen.add(self.best)
+        return [tile for tile in neighbours(self.best) if tile not in self.seen][:most]
+
+    def step(self, trials: list["Trial"], tiles: list[Any], rounds: int) -> None:
+        """Times ``tiles`` and keeps the best; one that wins nothing ends the search."""
+        start = self.best
+        for tile in tiles:
+            self.seen.add(tile)
+            ratios = [time_ratio(trial, self.path, tile, rounds) for trial in trials]
+            score = math.inf if math.inf in ratios else statistics.geometric_mean(ratios)
+            print(f"  {tile}: {score:.3f}", flush=True)
+            if score < GAIN * self.score:
+                self.best, self.score = tile, score
+        if self.best == start:
+            self.seen.update(neighbours(start))
+
+
+def search(searches: list[Search], steps: int, rounds: int, most: int | None = None) -> Iterator[int]:
+    """Takes the entries' searches forward together, to their ends or ``steps``; yields after each step its number.
 
     ``most`` limits the neighbours that are tried in a step.
     """
-    best, best_score = entry(path), 1.0
-    seen = {best}
-    for _ in range(steps):
-        start = best
-        for tile in [t for t in neighbours(start) if t not in seen][:most]:
-            seen.add(tile)
-            ratios = [time_ratio(trial, path, tile, rounds) for trial in trials]
-            score = math.inf if math.inf in ratios else statistics.geometric_mean(ratios)
-            print(f"  {tile}: {score:.3f}", flush=True)
-            if score < GAIN * best_score:
-                best, best_score = tile, score
-        if best == start:
-            break
-    return best
+    from benchmarks.measure import Trial
+
+    with compilers() as compile_ahead:
+        for number in range(1, steps + 1):
+            waiting = [(entry, entry.candidates(most)) for entry in searches]
+            if not any(tiles for _, tiles in waiting):
+                return
+            compile_ahead([(entry.path, tile) for entry, tiles in waiting for tile in tiles])
+            for entry, tiles in waiting:
+                if tiles:
+                    print(f"{entry.path}: {entry.best}, read by {len(entry.users)} calls", flush=True)
+                    entry.step([Trial(*user) for user in entry.users], tiles, rounds)
+            yield number
+
+
+@contextlib.contextmanager
+def compilers() -> Iterator[Any]:
+    """A function that compiles candidates, ``[(path, tile)]``, in several processes; on a CPU it does nothing."""
+    from benchmarks.measure import DEVICE
+
+    if DEVICE.type != "cuda":
+        yield lambda candidates: None
+        return
+    processes = max(1, min(8, (os.cpu_count() or 2) // 2))  # each takes some gigabytes of the GPU's memory
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        yield lambda candidates: list(pool.map(_compile, candidates))
+
+
+def _compile(candidate: tuple[Path, Any]) -> None:
+    """Runs what reads an entry once with a candidate: its kernels are in Triton's cache then, unless they fail."""
+    path, tile = candidate
+    for trial in _trials_that_read(path):
+        with contextlib.suppress(Exception), override(path, tile):
+            trial.run("ours")
+
+
+@functools.lru_cache(maxsize=1)
+def _trials_that_read(path: Path) -> list["Trial"]:
+    from benchmarks.measure import Trial
+    from benchmarks.operator_cases import gpu_cases
+
+    return [Trial(*user) for user in users([path], directions(gpu_cases()))[path]]
+
+
+def directions(cases: Iterator["Case"] | list["Case"]) -> list[tuple["Case", bool]]:
+    """Each case forward, and forward with backward where it trains."""
+    return [(case, backward) for case in cases for backward in ((False, True) if case.training else (False,))]
 
 
 def dry_run_cases() -> list["Case"]:
@@ -162,13 +244,14 @@ def main() -> int:
     parser.add_argument("--table", action="append", help="name of a table in tuning.py; default: all")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes, in Triton's interpreter")
     parser.add_argument("--rounds", type=int, default=30, help="calls timed for each candidate and shape")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no step after so long")
     options = parser.parse_args()
     os.environ["DFN_KERNELS"] = "triton"
     if options.dry_run:
         os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
     from dfn_kernels import tuning
 
-    from benchmarks import machine, measure, operator_cases
+    from benchmarks import measure, operator_cases
 
     if measure.DEVICE.type != "cuda" and not options.dry_run:
         parser.error("the search needs a GPU; --dry-run shows that it works")
@@ -176,27 +259,39 @@ def main() -> int:
     chosen = options.table or list(tables)
     if unknown := set(chosen) - set(tables):
         parser.error(f"no table named {', '.join(unknown)} in tuning.py; it has {', '.join(tables)}")
-    cases = dry_run_cases() if options.dry_run else list(operator_cases.gpu_cases())
-    directions = [(case, backward) for case in cases for backward in ((False, True) if case.training else (False,))]
-    paths = [path for name in chosen for path in entries(tables[name], (name,))]
-    results = dict(tables)
-    unread = []
-    for path, used_by in users(paths, directions).items():
-        print(f"{path}: {entry(path)}, read by {len(used_by)} calls", flush=True)
-        if not used_by:
-            unread.append(path)
-            continue
-        trials = [measure.Trial(*user) for user in used_by[: 1 if options.dry_run else None]]
-        best = search(path, trials, 1, 1, 3) if options.dry_run else search(path, trials, 8, options.rounds)
-        results[path[0]] = replaced(results[path[0]], path[1:], best)
-    facts = machine.environment()
-    print(f"\n# {facts['device']}, torch {facts['torch']}, triton {facts['triton']}, {datetime.date.today()}")
+    start = time.monotonic()
+    cases = directions(dry_run_cases() if options.dry_run else operator_cases.gpu_cases())
+    read = users([path for name in chosen for path in entries(tables[name], (name,))], cases)
+    unread = [path for path, used_by in read.items() if not used_by]
+    few = 1 if options.dry_run else None
+    searches = [Search(path, used_by[:few], entry(path)) for path, used_by in read.items() if used_by]
+    steps, rounds, most = (1, 1, 3) if options.dry_run else (STEPS, options.rounds, None)
+    for number in search(searches, steps, rounds, most):
+        minutes = (time.monotonic() - start) / 60
+        print_tables({name: tables[name] for name in chosen}, searches, unread, f"step {number}, {minutes:.1f} minutes")
+        if minutes > options.minutes:
+            print(f"# Stopped by --minutes {options.minutes:g}: not every entry has come to its end.")
+            break
     if options.dry_run:
         print("# A dry run: these times mean nothing, do not put the tables anywhere.")
-    print(f"# Not searched, for no shape reads them: {', '.join(map(str, unread)) or 'none'}")
-    for name in chosen:
-        print(f"{name} = {results[name]}")
     return 0
+
+
+def print_tables(tables: dict[str, Any], searches: list[Search], unread: list[Path], when: str) -> None:
+    """The tables with the best tiles so far, to be put into tuning.py, and what each entry has won."""
+    from benchmarks import machine
+
+    facts = machine.environment()
+    results = dict(tables)
+    for found in searches:
+        results[found.path[0]] = replaced(results[found.path[0]], found.path[1:], found.best)
+    print(f"\n# {facts['device']}, torch {facts['torch']}, triton {facts['triton']}, {datetime.date.today()}, {when}")
+    print(f"# Not searched, for no shape reads them: {', '.join(map(str, unread)) or 'none'}")
+    for found in searches:
+        print(f"# {found.path}: {found.score:.3f} of the time of the tile before")
+    for name, table in results.items():
+        print(f"{name} = {table}")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

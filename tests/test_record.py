@@ -8,12 +8,12 @@ from benchmarks import record
 from dfn_fast.errors import ConfigError
 
 
-def content(implementations=("eager", "ours"), suite="test_operators", **facts):
+def content(implementations=("eager", "ours"), suite="test_operators", group="add 2x8", **facts):
     """As pytest-benchmark writes it, in part."""
     machine = {"node": "secret-host", "device": "x86_64", "cpu": {"brand_raw": "AMD EPYC"}, "cpus": 2, "torch": "2.13"}
     rows = [
         {
-            "group": "add 2x8",
+            "group": group,
             "name": f"test_operator[add-{name}]",
             "fullname": f"benchmarks/{suite}.py::test_operator[add-{name}]",
             "params": {"implementation": name},
@@ -57,12 +57,19 @@ def test_figures_are_kept_and_hosts_and_raw_times_are_not(tmp_path):
     assert "secret-host" not in path.read_text()
 
 
-def test_a_suite_replaces_its_rows_and_leaves_others(tmp_path):
+def test_a_group_replaces_its_rows_and_leaves_others(tmp_path):
     written(tmp_path)
     written(tmp_path, suite="test_inference")
+    written(tmp_path, group="attention 2x8")
     _, found = written(tmp_path, implementations=("ours",))
     assert sorted(found["suites"]) == ["test_inference", "test_operators"]
-    assert [row["implementation"] for row in found["suites"]["test_operators"]] == ["ours"]
+    rows = [(row["group"], row["implementation"]) for row in found["suites"]["test_operators"]]
+    assert rows == [("add 2x8", "ours"), ("attention 2x8", "eager"), ("attention 2x8", "ours")]
+
+
+def test_generations_of_one_name_have_folders_of_their_own(tmp_path):
+    folders = [written(tmp_path, instructions=name)[0].parent.name for name in ("AVX2", "AVX512")]
+    assert folders == ["amd-epyc-avx2-2-cpus", "amd-epyc-avx512-2-cpus"]
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1]"])

@@ -26,11 +26,11 @@ def results(tmp_path):
         "difference": 0.0,
     }
 
-    def step(ms):
+    def step(ms, group="step"):
         return [
-            {"group": "step", "implementation": "eager", "peak_memory_bytes": 100},
+            {"group": group, "implementation": "eager", "peak_memory_bytes": 100},
             {
-                "group": "step",
+                "group": group,
                 "implementation": "ours",
                 "median_ms": ms,
                 "p20_ms": ms - 10,
@@ -49,7 +49,7 @@ def results(tmp_path):
         for name, ratio in (("fast", 0.5), ("slow", 2.0))
     ]
     days = {
-        "2026-01-01": {"test_training_step": step(100.0), "test_operators": operators},
+        "2026-01-01": {"test_training_step": step(100.0) + step(30.0, "wide"), "test_operators": operators},
         "2026-01-02": {
             "test_training_step": step(50.0),
             "waterfall_training": [
@@ -63,13 +63,15 @@ def results(tmp_path):
     return tmp_path
 
 
-def test_each_suite_is_its_newest_and_names_its_file(results):
+def test_each_group_is_its_newest_and_a_table_names_its_files(results):
     text = report.text(results)
     assert "### Some CPU, torch 2.13, 2 threads" in text
     assert "| step | 50 (40-60) | 2.00 | - | 1.25 x | - | 0.123 | 42% | 0.60 x | - |" in text
     assert "| step | 100" not in text
-    assert "`test_training_step`, from `benchmarks/results/some-cpu/2026-01-02.json`" in text
-    assert "`test_operators`, from `benchmarks/results/some-cpu/2026-01-01.json`" in text
+    assert "| wide | 30 (20-40) |" in text
+    first, second = (f"`benchmarks/results/some-cpu/2026-01-0{day}.json`" for day in (1, 2))
+    assert f"`test_training_step`, from {first} and {second}\n" in text
+    assert f"`test_operators`, from {first}\n" in text
     assert "| fused | 10 | 1.00 | 2.00 x | 1 | 1e-05 |" in text
 
 

@@ -131,6 +131,12 @@ def test_the_search_finds_the_faster_tile_and_leaves_out_wrong_ones(search_block
         path: [(trial.case, False)],
         ("TABLE", "large", 32): [],
     }
-    best = search_blocks.search(path, [trial], steps=4, rounds=2)
-    assert best == Tile(32, 8, 4)
+    monkeypatch.setattr(measure, "Trial", lambda case, backward: trial)
+    found = search_blocks.Search(path, [(trial.case, False)], Tile(8, 8, 4))
+    steps = []
+    for number in search_blocks.search([found], steps=4, rounds=12):
+        steps.append((number, found.best.pixels))
+    assert found.best == Tile(32, 8, 4)
+    assert steps == [(1, 16), (2, 32), (3, 32)]  # the last one wins nothing
+    assert found.candidates() == []
     assert tuning.TABLE["small"][32] == Tile(8, 8, 4)
