@@ -2,26 +2,48 @@
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import figures, machine, measure
 from benchmarks.figures import Work
 from benchmarks.measure import DEVICE, Trial
 from benchmarks.operator_cases import FEATURES
+from dfn_fast.execution import choose_algorithms
 
 CPU_TIME_LIMIT = 1.1  # ours / eager, promised on a CPU
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--compile-mode",
+        choices=measure.COMPILE_MODES,
+        default=measure.COMPILE_MODES[0],
+        help="of torch.compile beside ours, on a GPU: all that it can try, minutes for each network, or as it comes",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise pytest.UsageError("TRITON_INTERPRET=1: times of Triton's interpreter say nothing; unset it")
-    config.addinivalue_line("markers", "training: an operator at a training shape")
-    config.addinivalue_line("markers", "inference: an operator at an inference shape")
+    if DEVICE.type == "cuda":
+        measure.COMPILE_MODE = config.getoption("--compile-mode")
     config.stash[REPORT] = Report()
     config.stash[NOTES] = []
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call() -> Iterator[None]:
+    """What does not fit into the GPU's memory is skipped, and leaves none of it taken."""
+    try:
+        return (yield)
+    except torch.OutOfMemoryError as error:
+        reason = str(error).splitlines()[0]
+    torch.cuda.empty_cache()  # out here, as the error holds what was allocated
+    pytest.skip(f"needs more memory than this GPU has: {reason}")
 
 
 def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
@@ -43,10 +65,12 @@ class Report:
         calls: dict[str, Callable[[], Any]] = {name: functools.partial(trial.run, name) for name in names}
         seconds = measure.alternate(calls, measure.rounds_for(calls[implementation]))
         own = seconds[implementation]
-        info = {
+        info: dict[str, Any] = {
             **figures.figures(own, Work(trial.bytes_moved(), trial.flops(), FEATURES)),
             "peak_memory_bytes": self.memory[trial.name, implementation],
         }
+        if implementation == "compile" and measure.COMPILE_MODE:
+            info["compile_mode"] = measure.COMPILE_MODE
         for other in names:
             if other != implementation:
                 info[f"ratio_to_{other}"] = measure.median_ratio(own, seconds[other])
@@ -64,6 +88,14 @@ class Report:
         )
         by_speed = sorted(self.rows, key=lambda row: -row.get("ratio_to_compile", 0))
         return [header, *map(_line, by_speed), *(p for row in self.rows for p in _promises(row))]
+
+
+@pytest.fixture(scope="module")
+def cudnn_by_trial() -> Iterator[None]:
+    """cuDNN chooses algorithms by timing them, for all implementations alike: what ``dfn_fast.train`` asks for."""
+    choose_algorithms(deterministic=False)
+    yield
+    torch.backends.cudnn.benchmark = False
 
 
 REPORT = pytest.StashKey[Report]()

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import DEVICE, alternate, percentile, synchronize
+from benchmarks.measure import DEVICE, HAS_BF16, alternate, percentile, synchronize
 
 CUDA = DEVICE.type == "cuda"
 COPY_BYTES = 1 << (30 if CUDA else 27)
 PRODUCT_SIDE = 8192 if CUDA else 1536
-DTYPES = (torch.float32, torch.bfloat16, torch.float16) if CUDA else (torch.float32, torch.bfloat16)
+DTYPES = [torch.float32, *([torch.bfloat16] if HAS_BF16 else []), *([torch.float16] if CUDA else [])]
 
 
 @functools.lru_cache(maxsize=1)

@@ -16,7 +16,12 @@ import torch
 from torch import Tensor
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# Without it a CPU multiplies bfloat16 numbers one by one, hundreds of times as slowly as float32.
+HAS_BF16 = DEVICE.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 IMPLEMENTATIONS = ("eager", "compile", "ours")
+COMPILE_MODES = ("max-autotune", "default")
+# What torch.compile beside ours tries on a GPU; `--compile-mode` of the benchmarks changes it. A CPU has no modes.
+COMPILE_MODE = COMPILE_MODES[0] if DEVICE.type == "cuda" else None
 FLUSH_BYTES = 1 << 30
 
 
@@ -59,7 +64,7 @@ class Trial:
         self.expected: list[Tensor] | None = None
 
     def _compiled(self) -> Callable[..., Any]:
-        mode = "max-autotune-no-cudagraphs" if DEVICE.type == "cuda" else None
+        mode = "max-autotune-no-cudagraphs" if COMPILE_MODE == "max-autotune" else COMPILE_MODE
         return torch.compile(self.case.reference, dynamic=False, mode=mode)
 
     def run(self, implementation: str) -> Any:

@@ -17,7 +17,7 @@ from dfn_fast.errors import ConfigError
 
 RESULTS = Path(__file__).with_name("results")
 FACTS = (
-    *("device", "python", "torch", "triton", "threads", "cpus", "instructions", "kernels", "compile_mode"),
+    *("device", "python", "torch", "triton", "threads", "cpus", "instructions", "kernels"),
     *("cuda", "driver", "power_limit_watts", "sm_clock_max_mhz"),
     *("copy_gb_per_s", "product_float32_tflop_per_s", "product_bfloat16_tflop_per_s", "product_float16_tflop_per_s"),
 )

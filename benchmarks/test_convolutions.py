@@ -4,7 +4,7 @@
 hundredth of the arithmetic, channels_last: forward, gradient of the input, gradient of the weight; then channel counts
 that tensor cores like and do not like; convolution with bias and ReLU as two calls and as one; batch norm with ReLU.
 Figures are TFLOP/s and the share of the machine's matrix product, measured in the same run. On a GPU at 512 x 512 with
-batch 1, 16 and 32, in bf16 and fp16; on a CPU at 128 x 128, batch 1, in float32 and bf16.
+batch 1, 16 and 32, in bf16 and fp16; on a CPU at 128 x 128, batch 1, in float32 and, where it has that, bf16.
 """
 
 import functools
@@ -18,17 +18,17 @@ from dfn_kernels import conv3x3
 from dfn_kernels.fused_conv import Packed, fused_conv
 from torch import Tensor
 
-from benchmarks import figures, measure
+from benchmarks import figures, machine, measure
 from benchmarks.figures import Work
 from benchmarks.machine import name_of
 from benchmarks.measure import DEVICE
 from benchmarks.roofline import Layer, Network, total_flops
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.timeout(900), pytest.mark.usefixtures("cudnn_by_trial")]
 CPU = DEVICE.type == "cpu"
 BATCHES = (1,) if CPU else (1, 16, 32)
 SIDE = 128 if CPU else 512
-DTYPES = (torch.float32, torch.bfloat16) if CPU else (torch.bfloat16, torch.float16)
+DTYPES = [dtype for dtype in machine.DTYPES if CPU or dtype != torch.float32]
 DIRECTIONS = ("forward", "input gradient", "weight gradient")
 CHANNELS = [(512, 189), (512, 192), (189, 189), (192, 192), (189, 21), (192, 24), (192, 32), (21, 9), (24, 16)]
 
@@ -172,3 +172,28 @@ def test_batch_norm_and_relu(dtype, benchmark, notes):
     found = figures.figures(seconds["compiled"], Work(moved, 8 * x.numel(), torch.float32))
     benchmark.extra_info.update(found | {"speed_up": speed_up})
     notes.append(f"{benchmark.group}: {speed_up:.2f} x as fast as eager, {found['gb_per_s']:.1f} GB/s")
+
+
+@pytest.mark.skipif(CPU, reason="a choice that cuDNN has")
+@pytest.mark.parametrize("batch", BATCHES)
+def test_choice_of_algorithms(batch, benchmark, notes):
+    """The table's convolutions in bf16, one after the other: cuDNN's algorithms found by trial, as training asks for,
+    and by its rules, as inference does."""
+    calls = []
+    for layer in layers():
+        side_in, side_out = (round(pixels**0.5) for pixels in (layer.pixels_in, layer.pixels_out))
+        x, weight = tensors((layer.inputs, layer.outputs), layer.kernel, side_in, batch, torch.bfloat16)
+        calls.append(functools.partial(F.conv2d, x, weight, None, side_in // side_out, layer.kernel // 2))
+
+    def all_of_them(by_trial: bool) -> None:
+        torch.backends.cudnn.benchmark = by_trial
+        for call in calls:
+            call()
+
+    choices = {name: functools.partial(all_of_them, by_trial) for name, by_trial in (("rules", False), ("trial", True))}
+    benchmark.group = f"cuDNN's algorithms by trial, batch {batch}"
+    seconds = timed(choices, benchmark, "trial")
+    torch.backends.cudnn.benchmark = True
+    speed_up = 1 / measure.median_ratio(seconds["trial"], seconds["rules"])
+    benchmark.extra_info.update(figures.spread(seconds["trial"]) | {"speed_up": speed_up})
+    notes.append(f"{benchmark.group}: {speed_up:.2f} x as fast as by its rules")

@@ -2,9 +2,9 @@
 
 ``pytest benchmarks/test_inference.py --benchmark-only [-k scales] [--benchmark-json FILE]``. ``float32`` is
 ``ReferenceDFN`` in eager float32, the 1 of all ratios; ``eager`` the same in channels_last and the precision of the
-row; ``compile`` that compiled (``max-autotune`` on a GPU, frozen weights on a CPU); ``ours`` the ``Predictor``. With
-several scales theirs is the direct loop: ``cv2.resize``, the network and a resize for each scale and mirror image; with
-windows likewise, one batch of windows after the other, scores added at the image's size.
+row; ``compile`` that compiled (on a GPU in ``--compile-mode``, on a CPU with frozen weights); ``ours`` the
+``Predictor``. With several scales theirs is the direct loop: ``cv2.resize``, the network and a resize for each scale
+and mirror image; with windows likewise, one batch of windows after the other, scores added at the image's size.
 On a GPU DFN-R101 at 512 x 512 with batch 1 and 16, at 1024 x 2048 and at 4096 x 4096 in windows; on a CPU at 256 x 256,
 batch 1, several scales at 128 x 160, and DFN-R18 in windows.
 """
@@ -144,8 +144,7 @@ class InferenceTrial:
         if implementation == "compile":
             options: Any = {"freezing": True} if DEVICE.type == "cpu" else None
             torch._dynamo.reset()
-            mode = None if DEVICE.type == "cpu" else "max-autotune"
-            model = torch.compile(model, options=options, mode=mode, dynamic=False)
+            model = torch.compile(model, options=options, mode=measure.COMPILE_MODE, dynamic=False)
 
         def log_probabilities(images: list[np.ndarray]) -> Tensor:
             x = torch.from_numpy(np.stack(images)).to(DEVICE).permute(0, 3, 1, 2)
@@ -206,7 +205,7 @@ class InferenceTrial:
 
 def trials() -> Iterator[Any]:
     for shape in shapes():
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in (torch.float32, torch.bfloat16) if measure.HAS_BF16 else (torch.float32,):
             yield pytest.param((shape, dtype), id=f"{shape.name} {name_of(dtype)}".replace(" ", "-"))
 
 
@@ -224,6 +223,8 @@ def test_inference(trial, implementation, benchmark, notes):
     benchmark.group = trial.name
     benchmark.pedantic(lambda: (call(), measure.synchronize()), rounds=1, iterations=1)
     benchmark.extra_info.update(peak_memory_bytes=measure.peak_memory(call, warm=True))
+    if implementation == "compile" and measure.COMPILE_MODE:
+        benchmark.extra_info["compile_mode"] = measure.COMPILE_MODE
     trial.turns.add(implementation, call, trial.work(implementation), benchmark.extra_info)
     if implementation == "ours":
         trial.turns.time(benchmark.stats.stats.median, least=3)

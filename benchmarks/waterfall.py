@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import figures, machine, measure, record
-from benchmarks.measure import DEVICE
+from benchmarks.measure import DEVICE, HAS_BF16
 from dfn_fast import FastDFN, ReferenceDFN, Savings, cli
 from dfn_fast.config import TrainConfig
 from dfn_fast.data.loader import Batch
+from dfn_fast.execution import choose_algorithms
 from dfn_fast.graph_cache import GraphCache
 from dfn_fast.training import Trainer
 
@@ -81,24 +82,25 @@ def training_rows(config: TrainConfig, images: int) -> list[Row]:
         return Row(technique, lambda: trainer().step([batch], 0), lambda: trainer().step([batch], 0).detach()[None])
 
     plain: dict[str, Any] = {"amp": "off", "channels_last": False, "compile": False}
-    bf16 = plain | {"channels_last": True, "amp": "bf16"}
+    half = plain | {"channels_last": True, "amp": "bf16" if HAS_BF16 else "off"}
     rows = [
         row("ReferenceDFN, eager float32", ReferenceDFN, **plain),
         row("channels_last", ReferenceDFN, **plain | {"channels_last": True}),
-        row("bf16 autocast", ReferenceDFN, **bf16),
     ]
+    if HAS_BF16:
+        rows.append(row("bf16 autocast", ReferenceDFN, **half))
     if not CPU:
-        rows.append(row("(aside: that, torch.compile)", ReferenceDFN, **bf16 | {"compile": True}))
+        rows.append(row("(aside: that, torch.compile)", ReferenceDFN, **half | {"compile": True}))
     names: list[str] = []
     for technique, name in TRAINING_SAVINGS.items():
         names.append(name)
-        rows.append(row(technique, FastDFN, with_savings(*names), **bf16))
+        rows.append(row(technique, FastDFN, with_savings(*names), **half))
     if CPU:
-        rows.append(row("Winograd's algorithm", FastDFN, Savings(), **bf16))
+        rows.append(row("Winograd's algorithm", FastDFN, Savings(), **half))
         return rows
-    rows.append(row("channels padded for tensor cores", FastDFN, Savings(), **bf16))
-    rows.append(row("torch.compile", FastDFN, Savings(), **bf16 | {"compile": True}))
-    rows.append(row("one CUDA graph", FastDFN, Savings(), **bf16 | {"compile": True, "cuda_graph": True}))
+    rows.append(row("channels padded for tensor cores", FastDFN, Savings(), **half))
+    rows.append(row("torch.compile", FastDFN, Savings(), **half | {"compile": True}))
+    rows.append(row("one CUDA graph", FastDFN, Savings(), **half | {"compile": True, "cuda_graph": True}))
     return rows
 
 
@@ -118,38 +120,38 @@ def inference_rows(config: TrainConfig, images: int) -> list[Row]:
 
         return Row(technique, lambda: call()(), lambda: call()().float())
 
-    def copy(of: ReferenceDFN, savings: Savings | None = None, last: bool = True, half: bool = True) -> nn.Module:
+    def copy(of: ReferenceDFN, savings: Savings | None = None, last: bool = True, halve: bool = HAS_BF16) -> nn.Module:
         model = type(of)(NUM_CLASSES, **config.model_settings()).to(DEVICE).eval()
         model.load_state_dict(of.state_dict())
         if isinstance(model, FastDFN) and savings is not None:
             model.savings = savings
-        model.to(torch.bfloat16 if half else torch.float32)
+        model.to(torch.bfloat16 if halve else torch.float32)
         return model.to(memory_format=torch.channels_last if last else torch.contiguous_format)  # type: ignore[call-overload]
 
     def compiled(of: ReferenceDFN) -> nn.Module:
         options: Any = {"freezing": True} if CPU else None
         torch._dynamo.reset()
-        return torch.compile(copy(of), options=options, mode=None if CPU else "max-autotune")  # type: ignore[return-value]
+        return torch.compile(copy(of), options=options, mode=measure.COMPILE_MODE)  # type: ignore[return-value]
 
-    bf16, last = torch.bfloat16, torch.channels_last
+    half, last = torch.bfloat16 if HAS_BF16 else torch.float32, torch.channels_last
     rows = [
         row("ReferenceDFN, eager float32", lambda: reference, torch.float32, torch.contiguous_format),
-        row("channels_last", lambda: copy(reference, half=False), torch.float32, last),
-        row("bf16", lambda: copy(reference), bf16, last),
-        row("(aside: that, torch.compile)", lambda: compiled(reference), bf16, last),
-        row("one head", lambda: copy(fast, with_savings("one_head")), bf16, last),
+        row("channels_last", lambda: copy(reference, halve=False), torch.float32, last),
+        *([row("bf16", lambda: copy(reference), half, last)] if HAS_BF16 else []),
+        row("(aside: that, torch.compile)", lambda: compiled(reference), half, last),
+        row("one head", lambda: copy(fast, with_savings("one_head")), half, last),
         row(
             "attention fused, convolutions composed",
             lambda: copy(fast, dataclasses.replace(Savings(), winograd=False)),
-            bf16,
+            half,
             last,
         ),
-        row("batch norm folded", lambda: fast.fuse(dtype=bf16, plain=True), bf16, last),
-        row("convolution, bias, ReLU in one call", lambda: fast.fuse(dtype=bf16), bf16, last),
+        row("batch norm folded", lambda: fast.fuse(dtype=half, plain=True), half, last),
+        row("convolution, bias, ReLU in one call", lambda: fast.fuse(dtype=half), half, last),
     ]
     if not CPU:
-        graph = Graphed(lambda: GraphCache(fast.fuse(dtype=bf16), limit_bytes=1 << 33))
-        rows.append(row("one CUDA graph", lambda: graph, bf16, last))
+        graph = Graphed(lambda: GraphCache(fast.fuse(dtype=half), limit_bytes=1 << 33))
+        rows.append(row("one CUDA graph", lambda: graph, half, last))
     return rows
 
 
@@ -211,9 +213,12 @@ def main(argv: list[str] | None = None) -> int:
     add("--backbone", metavar="NAME", help="of the network")
     add("--size", type=cli.size, metavar="SIZE", help="of the images, HxW")
     add("--batch", type=int, metavar="N", help="images at once")
+    add("--compile-mode", choices=measure.COMPILE_MODES, metavar="NAME", help="of the row of torch.compile, on a GPU")
     add("--rounds", type=int, default=7 if CPU else 20, metavar="N", help="how often each row is timed")
     arguments = parser.parse_args(argv)
     given = {"backbone": arguments.backbone, "crop": arguments.size, "batch_size": arguments.batch}
+    if arguments.compile_mode and not CPU:
+        measure.COMPILE_MODE = arguments.compile_mode
     suites = {}
     for kind, make in (("training", training_rows), ("inference", inference_rows)):
         if arguments.only in (None, kind):
@@ -221,6 +226,10 @@ def main(argv: list[str] | None = None) -> int:
             images, (height, width) = settings["batch_size"], settings["crop"]
             config = TrainConfig(**settings | {"batch_size": max(images, 2)})
             group = f"DFN-R{config.backbone[6:]} {images}x{height}x{width}"
+            if kind == "training":
+                choose_algorithms(deterministic=False)  # as `dfn_fast.train` does
+            else:
+                torch.backends.cudnn.benchmark = False
             suites[f"waterfall_{kind}"] = measured(make(config, images), group, images, arguments.rounds)
             print(shown(suites[f"waterfall_{kind}"]))
     path = record.merge(record.machine_facts(), datetime.date.today().isoformat(), suites)
