@@ -1,5 +1,6 @@
 """The pictures beside the tables: what each technique gives, and speed against image size, from result rows."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from matplotlib.ticker import LogLocator
 
 Rows = list[dict[str, Any]]
 OURS, THEIRS, ASIDE = "#1f6f8b", "#b0b7bd", "#e0a458"
+PLAIN = ("ReferenceDFN, eager float32", "channels_last", "bf16 autocast", "fp16 autocast", "bf16", "fp16")
 KINDS = {  # of measurements in the roofline: words, colour, marker
     "test_operators": ("operators", ASIDE, "o"),
     "test_convolutions": ("convolutions of the library", THEIRS, "s"),
@@ -32,6 +34,10 @@ def draw(suites: dict[str, Rows], folder: Path, machine: dict[str, Any]) -> list
             for axis, rows, kind in zip(axes[0], waterfalls, ("training step", "inference"), strict=False):
                 waterfall(axis, rows, kind)
             written.append(_save(figure, folder / "waterfall.png"))
+        if rows := suites.get("learning"):
+            figure, axes = plt.subplots(1, 2, figsize=(9.6, 3.4))
+            learning(axes, rows)
+            written.append(_save(figure, folder / "learning.png"))
         scaling = {kind: rows for kind in ("inference", "training") if (rows := suites.get(f"scaling_{kind}"))}
         if scaling:
             figure, axis = plt.subplots(figsize=(5.6, 3.2))
@@ -48,8 +54,7 @@ def draw(suites: dict[str, Rows], folder: Path, machine: dict[str, Any]) -> list
 def waterfall(axis: Axes, rows: Rows, kind: str) -> None:
     """A bar a technique, from the plain network at the top; torch.compile, which stands aside, in its own colour."""
     names = [row["implementation"] for row in rows]
-    colours = [THEIRS if i < 3 else OURS for i in range(len(rows))]
-    colours = [ASIDE if name.startswith("(") else colour for name, colour in zip(names, colours, strict=True)]
+    colours = [ASIDE if name.startswith("(") else THEIRS if name in PLAIN else OURS for name in names]
     values = [row["speed_up"] for row in rows]
     bars = axis.barh(range(len(rows)), values, color=colours, height=0.72)
     axis.bar_label(bars, [f"{value:.2f} x" for value in values], padding=3, fontsize=8)
@@ -58,6 +63,24 @@ def waterfall(axis: Axes, rows: Rows, kind: str) -> None:
     axis.set_xlim(0, 1.18 * max(values))
     axis.set_xlabel("times as fast as eager float32")
     axis.set_title(f"{kind}, {rows[0]['group']}", fontsize=10)
+
+
+def learning(axes: Sequence[Axes], rows: Rows) -> None:
+    """mIoU of validation over epochs, where the same numbers are the same curve, and over minutes of training."""
+    styles = ("-", "--", ":", "-.")
+    groups = list(dict.fromkeys(row["group"] for row in rows))
+    for row in rows:
+        epochs, seconds, mean_iou = zip(*row["curve"], strict=True)
+        colour = OURS if row["implementation"] == "ours" else ASIDE
+        style = styles[groups.index(row["group"]) % len(styles)]
+        for axis, x in zip(axes, (epochs, [s / 60 for s in seconds]), strict=True):
+            axis.plot(x, mean_iou, style, color=colour, label=f"{row['group']}, {row['implementation']}")
+    for axis, words in zip(axes, ("epochs", "minutes of training"), strict=True):
+        axis.set_xlabel(words)
+        axis.set_ylabel("mIoU of validation")
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+    axes[1].legend(frameon=False, loc="lower right", fontsize=8)
 
 
 def against_size(axis: Axes, scaling: dict[str, Rows]) -> None:

@@ -23,7 +23,7 @@ Row = dict[str, Any]
 
 def machines(results: Path = RESULTS) -> list[Path]:
     """The folders of result files, one for each machine."""
-    return sorted(path for path in results.iterdir() if path.is_dir())
+    return sorted({path.parent for path in results.glob("*/*.json")})
 
 
 def newest(folder: Path) -> tuple[Row, dict[str, dict[str, Any]]]:
@@ -188,6 +188,20 @@ def convolution_table(rows: list[Row]) -> list[str]:
     ]
 
 
+def learning_table(rows: list[Row]) -> list[str]:
+    """Two runs from the same weights, over the same images: what they learnt, and in which time."""
+    lines = []
+    for group in by_group(rows).values():
+        ours = group.get("ours")
+        for name, row in group.items():
+            numbers = [f"{row[key]:.3f}" for key in ("mean_iou", "mean_iou_five_scales", "best_mean_iou")]
+            speed = [f"{row['seconds']:.0f}", f"{row['images_per_s']:.1f}"]
+            faster = f"{ours['images_per_s'] / row['images_per_s']:.2f} x" if ours and name != "ours" else "-"
+            lines.append([f"{row['group']}, {name}", *numbers, *speed, faster])
+    header = ["learnt", "val mIoU", "five scales, flip", "best", "s of training", "images/s", "ours is faster"]
+    return table(header, lines)
+
+
 def startup_table(rows: list[Row]) -> list[str]:
     return table(["before the first result", "s"], [[row["what"], figure(row, "seconds", "{:.2f}")] for row in rows])
 
@@ -203,11 +217,13 @@ def data_table(rows: list[Row]) -> list[str]:
 PICTURES = {
     "waterfall.png": "Bars: how many times faster than eager float32 each technique makes training and inference",
     "roofline.png": "Points: operations a second over operations a byte, below the roofs that were measured",
+    "learning.png": "Lines: mIoU of validation over epochs and over minutes of training, the plain network and ours",
     "scaling.png": "Lines: milliseconds of a batch over the pixels of an image",
 }
 TABLES = {
     "waterfall_training": waterfall_table,
     "waterfall_inference": waterfall_table,
+    "learning": learning_table,
     "test_training_step": training_table,
     "test_inference": inference_table,
     "test_operators": operator_table,
@@ -239,6 +255,9 @@ def section(folder: Path) -> list[str]:
         source = f"`{name}`, from {files}"
         body = [*TABLES[name](suites[name]["rows"]), "", source, ""]
         lines += folded(f"{name}: {len(suites[name]['rows'])} rows", body) if name in LONG else body
+    for path in sorted(folder.glob("breakdown_*.txt")):
+        title, *body = path.read_text().splitlines()
+        lines += folded(f"where the time goes: {title}", ["```", *body, "```", ""])
     return lines
 
 

@@ -20,7 +20,7 @@ from benchmarks.measure import DEVICE, HAS_BF16
 from dfn_fast import FastDFN, ReferenceDFN, Savings, cli
 from dfn_fast.config import TrainConfig
 from dfn_fast.data.loader import Batch
-from dfn_fast.execution import choose_algorithms
+from dfn_fast.execution import HALVES, choose_algorithms
 from dfn_fast.graph_cache import GraphCache
 from dfn_fast.training import Trainer
 
@@ -82,13 +82,13 @@ def training_rows(config: TrainConfig, images: int) -> list[Row]:
         return Row(technique, lambda: trainer().step([batch], 0), lambda: trainer().step([batch], 0).detach()[None])
 
     plain: dict[str, Any] = {"amp": "off", "channels_last": False, "compile": False}
-    half = plain | {"channels_last": True, "amp": "bf16" if HAS_BF16 else "off"}
+    half = plain | {"channels_last": True, "amp": config.amp}
     rows = [
         row("ReferenceDFN, eager float32", ReferenceDFN, **plain),
         row("channels_last", ReferenceDFN, **plain | {"channels_last": True}),
     ]
-    if HAS_BF16:
-        rows.append(row("bf16 autocast", ReferenceDFN, **half))
+    if config.amp != "off":
+        rows.append(row(f"{config.amp} autocast", ReferenceDFN, **half))
     if not CPU:
         rows.append(row("(aside: that, torch.compile)", ReferenceDFN, **half | {"compile": True}))
     names: list[str] = []
@@ -120,24 +120,24 @@ def inference_rows(config: TrainConfig, images: int) -> list[Row]:
 
         return Row(technique, lambda: call()(), lambda: call()().float())
 
-    def copy(of: ReferenceDFN, savings: Savings | None = None, last: bool = True, halve: bool = HAS_BF16) -> nn.Module:
+    half, last = HALVES.get(config.amp, torch.float32), torch.channels_last
+
+    def copy(of: ReferenceDFN, savings: Savings | None = None, dtype: torch.dtype = half) -> nn.Module:
         model = type(of)(NUM_CLASSES, **config.model_settings()).to(DEVICE).eval()
         model.load_state_dict(of.state_dict())
         if isinstance(model, FastDFN) and savings is not None:
             model.savings = savings
-        model.to(torch.bfloat16 if halve else torch.float32)
-        return model.to(memory_format=torch.channels_last if last else torch.contiguous_format)  # type: ignore[call-overload]
+        return model.to(dtype).to(memory_format=last)  # type: ignore[call-overload]
 
     def compiled(of: ReferenceDFN) -> nn.Module:
         options: Any = {"freezing": True} if CPU else None
         torch._dynamo.reset()
         return torch.compile(copy(of), options=options, mode=measure.COMPILE_MODE)  # type: ignore[return-value]
 
-    half, last = torch.bfloat16 if HAS_BF16 else torch.float32, torch.channels_last
     rows = [
         row("ReferenceDFN, eager float32", lambda: reference, torch.float32, torch.contiguous_format),
-        row("channels_last", lambda: copy(reference, halve=False), torch.float32, last),
-        *([row("bf16", lambda: copy(reference), half, last)] if HAS_BF16 else []),
+        row("channels_last", lambda: copy(reference, dtype=torch.float32), torch.float32, last),
+        *([row(config.amp, lambda: copy(reference), half, last)] if config.amp != "off" else []),
         row("(aside: that, torch.compile)", lambda: compiled(reference), half, last),
         row("one head", lambda: copy(fast, with_savings("one_head")), half, last),
         row(
@@ -176,9 +176,21 @@ def calibrated(model: ReferenceDFN) -> ReferenceDFN:
     return model.eval()
 
 
+def those_that_fit(rows: list[Row]) -> tuple[list[Row], list[Tensor]]:
+    """The rows that have the memory that they need, and their outputs: taken once, as a step changes the weights."""
+    fit, outputs = [], []
+    for row in rows:
+        try:
+            outputs.append(row.output())
+            fit.append(row)
+        except torch.OutOfMemoryError as error:
+            print(f"{row.technique}: left out, it needs more memory than this GPU has ({str(error).splitlines()[0]})")
+    return fit, outputs
+
+
 def measured(rows: list[Row], group: str, images: int, rounds: int) -> list[dict[str, Any]]:
     """Each row's figures, in order."""
-    outputs = [row.output() for row in rows]  # once: a step changes the weights
+    rows, outputs = those_that_fit(rows)
     first = outputs[0]
     scale = (first.max() - first.min()).item() if first.numel() > 1 else abs(first.item())
     differences = [(output - first).abs().max().item() / scale for output in outputs]
@@ -213,10 +225,12 @@ def main(argv: list[str] | None = None) -> int:
     add("--backbone", metavar="NAME", help="of the network")
     add("--size", type=cli.size, metavar="SIZE", help="of the images, HxW")
     add("--batch", type=int, metavar="N", help="images at once")
+    add("--amp", choices=("off", *HALVES), metavar="NAME", help="off, bf16 or fp16 (default: bf16 where there is that)")
     add("--compile-mode", choices=measure.COMPILE_MODES, metavar="NAME", help="of the row of torch.compile, on a GPU")
     add("--rounds", type=int, default=7 if CPU else 20, metavar="N", help="how often each row is timed")
     arguments = parser.parse_args(argv)
-    given = {"backbone": arguments.backbone, "crop": arguments.size, "batch_size": arguments.batch}
+    amp = arguments.amp or ("bf16" if HAS_BF16 else "off")
+    given = {"backbone": arguments.backbone, "crop": arguments.size, "batch_size": arguments.batch, "amp": amp}
     if arguments.compile_mode and not CPU:
         measure.COMPILE_MODE = arguments.compile_mode
     suites = {}
@@ -226,6 +240,7 @@ def main(argv: list[str] | None = None) -> int:
             images, (height, width) = settings["batch_size"], settings["crop"]
             config = TrainConfig(**settings | {"batch_size": max(images, 2)})
             group = f"DFN-R{config.backbone[6:]} {images}x{height}x{width}"
+            group += f" {arguments.amp}" if arguments.amp else ""
             if kind == "training":
                 choose_algorithms(deterministic=False)  # as `dfn_fast.train` does
             else:

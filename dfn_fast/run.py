@@ -201,6 +201,7 @@ class Run:
             "epoch": position.epoch + 1,
             "iteration": position.iteration,
             "train_loss": position.loss_sum / max(position.step, 1),
+            "seconds": position.seconds,
             "mean_iou": report.mean_iou,
             "per_class_iou": position.per_class_iou,
         }

@@ -72,4 +72,4 @@ def differences(a: Any, b: Any, where: str = "") -> list[str]:
 
 
 def timeless_metrics(run: RunFolder) -> list[dict[str, Any]]:
-    return [{**record, "images_per_second": 0} for record in run.metrics()]
+    return [{**record, "images_per_second": 0, "seconds": 0} for record in run.metrics()]

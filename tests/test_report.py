@@ -104,6 +104,13 @@ def test_a_line_for_each_convolution():
     assert lines[-1] == "| 21-24 | 1 | 2 | - |"
 
 
+def test_where_the_time_goes_is_folded(results):
+    (results / "some-cpu" / "breakdown_training.txt").write_text("training step, net\nkind  ms\nconvolutions  5.0\n")
+    lines = report.text(results).splitlines()
+    start = lines.index("<details><summary>where the time goes: training step, net</summary>")
+    assert lines[start + 2 : start + 6] == ["```", "kind  ms", "convolutions  5.0", "```"]
+
+
 def test_a_gpu_stands_first_and_others_are_folded(results):
     folder = results / "a-gpu"
     folder.mkdir()

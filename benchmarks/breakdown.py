@@ -1,0 +1,79 @@
+"""``python -m benchmarks.breakdown [--only training|inference]``: where the time of ours goes, by kind of operation.
+
+Profiled are the training step and the inference of several scales and their mirror images that the other benchmarks
+measure, as they run by default: on a GPU the step compiled and the images from a CUDA graph, so that kernels are told
+apart by their names; on a CPU, where nothing is compiled, the parts of the network as well. The tables go to
+``benchmarks/results/MACHINE/breakdown_*.txt``, and from there into the README by ``python -m benchmarks.report``.
+"""
+
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks import measure, record
+from benchmarks.measure import DEVICE
+from benchmarks.test_inference import InferenceTrial
+from benchmarks.test_inference import shapes as inference_shapes
+from benchmarks.test_training_step import TrainingTrial
+from benchmarks.test_training_step import shapes as training_shapes
+from dfn_fast import cli
+from dfn_fast.atomic import write_text
+from dfn_fast.profiling import STEPS, WARM_UP, report
+from dfn_fast.regions import named_regions
+
+CUDA = DEVICE.type == "cuda"
+
+
+def breakdown(name: str, call: Callable[[], Any]) -> str:
+    """The profile of a few calls after some that compile, capture and choose algorithms."""
+    for _ in range(WARM_UP):
+        call()
+    measure.synchronize()
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * CUDA
+    with nullcontext() if CUDA else named_regions(), profile(activities=activities) as profiler:
+        start = time.perf_counter()
+        for _ in range(STEPS):
+            call()
+        measure.synchronize()
+        seconds = time.perf_counter() - start
+    return f"{name}\n{report(profiler.events(), STEPS, seconds, DEVICE.type, regions=not CUDA)}"
+
+
+def training() -> str:
+    """The largest network that the benchmark of the step compiles."""
+    shape = [shape for shape in training_shapes() if shape.compiles][-1]
+    trial = TrainingTrial(shape, "bf16" if measure.HAS_BF16 else "off")
+    return breakdown(f"training step, {trial.name}", lambda: trial.run("ours"))
+
+
+def inference() -> str:
+    shape = next(shape for shape in inference_shapes() if len(shape.scales) > 1)
+    trial = InferenceTrial(shape, torch.bfloat16 if measure.HAS_BF16 else torch.float32)
+    return breakdown(f"inference, {trial.name}", trial.function("ours"))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = cli.Parser(
+        prog="python -m benchmarks.breakdown",
+        usage="%(prog)s [--only NAME]",
+        description="Where the time of a training step and of inference goes.",
+    )
+    makers = {"training": training, "inference": inference}
+    parser.add_argument("--only", choices=tuple(makers), metavar="NAME", help="training or inference (default: both)")
+    arguments = parser.parse_args(argv)
+    folder = record.RESULTS / record.machine_name(record.machine_facts())
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, make in makers.items():
+        if arguments.only in (None, name):
+            text = make()
+            print(text, end="\n\n")
+            write_text(folder / f"breakdown_{name}.txt", text + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)
