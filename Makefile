@@ -1,5 +1,5 @@
 check: ; ruff check . && ruff format --check . && mypy
 fix: ; ruff check --fix . && ruff format .
-test: ; pytest
+test: ; pytest -n auto --dist loadfile
 bench: ; pytest benchmarks/ --benchmark-only
 .PHONY: check fix test bench

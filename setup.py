@@ -9,6 +9,7 @@ TEST = [
     "pytest>=8",
     "pytest-benchmark",
     "pytest-timeout",
+    "pytest-xdist",
     "hypothesis",
     "nvidia-ml-py",
     "ruff",

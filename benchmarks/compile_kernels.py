@@ -207,8 +207,25 @@ def _compile_job(job: tuple[str, int, str, bool]) -> Record:
     return compile_case(_cases(operator)[index], target, operator, disassemble)
 
 
-def compile_all(names: list[str], targets: list[str], disassemble: list[str], processes: int = 2) -> list[Record]:
-    """Every case of the named operators for every target, in parallel.
+def in_turns(cases: list[CompileCase], targets: list[str]) -> set[tuple[int, str]]:
+    """Positions of cases and the targets to compile them for: ``sm_90`` all; of every second one, one of the others in
+    turn; of a kernel that has few, all."""
+    others = [target for target in targets if target != "sm_90"]
+    by_kernel: dict[str, list[int]] = {}
+    for i, case in enumerate(cases):
+        by_kernel.setdefault(case.kernel.__name__, []).append(i)
+    chosen = {(i, "sm_90") for i in range(len(cases)) if "sm_90" in targets}
+    for positions in by_kernel.values():
+        for turn, i in enumerate(positions):
+            few = len(positions) < 2 * len(others)
+            chosen |= {(i, target) for j, target in enumerate(others) if few or turn % (2 * len(others)) == 2 * j}
+    return chosen
+
+
+def compile_all(
+    names: list[str], targets: list[str], disassemble: list[str], processes: int = 2, turns: bool = False
+) -> list[Record]:
+    """Every case of the named operators for every target, or with ``turns`` for those of :func:`in_turns`, in parallel.
 
     ``disassemble``: the only targets whose streaming kernels are disassembled; empty: everything is.
     """
@@ -219,6 +236,7 @@ def compile_all(names: list[str], targets: list[str], disassemble: list[str], pr
         for name in names
         for i, case in enumerate(_cases(name))
         for target in targets
+        if not turns or (i, target) in in_turns(_cases(name), targets)
     ]
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         return list(pool.map(_compile_job, jobs, chunksize=4))
@@ -251,11 +269,12 @@ def main(arguments: list[str] | None = None) -> int:
         choices=TARGETS,
         help="architecture whose streaming kernels alone are disassembled, to save time; default: everything is",
     )
+    parser.add_argument("--turns", action="store_true", help="every case for sm_90, some for the others in turn")
     parser.add_argument("--json", type=Path, help="also write the records to this file")
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args(arguments)
     targets, names = options.target or list(TARGETS), options.op or sorted(operators())
-    records = compile_all(names, targets, options.disassemble or [], options.processes)
+    records = compile_all(names, targets, options.disassemble or [], options.processes, options.turns)
     print(table(records), flush=True)
     if options.json:
         options.json.write_text(json.dumps([asdict(r) | {"problems": r.problems()} for r in records], indent=1))

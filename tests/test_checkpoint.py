@@ -82,7 +82,11 @@ def test_what_is_saved_is_read_back(tmp_path):
     assert os.listdir(tmp_path) == ["run.pth"]
 
 
-@pytest.mark.parametrize("value", [np.float64(0.5), np.zeros(3), {"deep": [object()]}, torch.nn.Linear(1, 1)], ids=repr)
+@pytest.mark.parametrize(
+    "value",
+    [np.float64(0.5), np.zeros(3), {"deep": [object()]}, torch.nn.Linear(1, 1)],
+    ids=["number", "array", "deep", "module"],
+)
 def test_what_could_not_be_read_back_is_not_written(tmp_path, value):
     path = tmp_path / "run.pth"
     save_atomic({"iteration": 1}, path)

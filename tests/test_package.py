@@ -45,4 +45,4 @@ def test_every_command_has_help(tmp_path):
 def test_the_commands_of_the_readme_are_there():
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     assert "pip install -e . && python -m dfn_fast.train" in lines
-    assert 'pip install -e ".[test]" && pytest' in lines
+    assert 'pip install -e ".[test]" && pytest -n auto --dist loadfile' in lines

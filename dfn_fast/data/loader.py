@@ -134,12 +134,15 @@ class TrainLoader:
     def _time_limit(self) -> Iterator[None]:
         timer = threading.Timer(self._timeout, self._kill_silent)
         timer.daemon = True
-        if self._timeout and len(self._progress):
+        watching = bool(self._timeout and len(self._progress))
+        if watching:
             timer.start()
         try:
             yield
         finally:
             timer.cancel()
+            if watching:
+                timer.join()  # or its thread may be the last to hold the loader, and end the workers beside this one
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:

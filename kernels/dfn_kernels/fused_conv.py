@@ -123,20 +123,25 @@ def _on_cpu(
     relu: bool,
     packed: Packed,
 ) -> Tensor:
+    if x.dtype == torch.bfloat16 and not has_bf16():
+        wide, addend = x.float(), None if residual is None else residual.float()
+        bias = None if bias is None else bias.float()
+        return _on_cpu(wide, weight, bias, addend, stride, padding, relu, packed).bfloat16()
     m = 0
     if weight.shape[2:] == (3, 3) and stride == padding == 1:
         m = winograd_tile(x, weight.shape[0], ahead=True)
     if m:
         if m not in packed.winograd:
-            packed.winograd[m] = winograd.transform_weight(weight, m)
+            packed.winograd[m] = winograd.transform_weight(weight.to(x.dtype), m)
         out = winograd.convolve(x, packed.winograd[m], m, bias)
         out = out if residual is None else out.add_(residual)
         return out.relu_() if relu else out
     if x.dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():
         bias = None if bias is None else bias.to(x.dtype)
-        return fused_conv_ref(x, weight, bias, residual, stride, padding, relu)
+        return fused_conv_ref(x, weight.to(x.dtype), bias, residual, stride, padding, relu)
     steps, pads, ones = [stride, stride], [padding, padding], [1, 1]
     if packed.onednn is None:
+        weight = weight.to(x.dtype)
         packed.onednn = torch.ops.mkldnn._reorder_convolution_weight(weight, pads, steps, ones, 1, list(x.shape))
     last = "relu" if relu else "none"
     run = torch.ops.mkldnn._convolution_pointwise
@@ -144,6 +149,13 @@ def _on_cpu(
         return run(x, packed.onednn, bias, pads, steps, ones, 1, last, [], "")
     last_or_none = "relu" if relu else None
     return run.binary(x, nhwc(residual), packed.onednn, bias, pads, steps, ones, 1, "add", 1.0, last_or_none, [], "")
+
+
+@functools.cache
+def has_bf16() -> bool:
+    """Whether oneDNN multiplies bfloat16 here. It refuses on CPUs without the vectors for it, where PyTorch's own
+    convolution goes number by number: float32 arithmetic, rounded once, is many times as fast and no less exact."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 # cuDNN's fused calls have no fake rule of their own, so torch.compile and torch.export would not see through them.

@@ -152,6 +152,12 @@ def test_the_global_random_states_are_left_alone():
         np.testing.assert_array_equal(np.random.get_state()[1], numpy_state)
 
 
+def test_the_watch_leaves_no_thread_behind():
+    """One that still ran would hold the loader, and be the last to."""
+    for _ in loader(workers=1).epoch(0):
+        assert not any(isinstance(thread, threading.Timer) for thread in threading.enumerate())
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_broken_file_is_named_without_a_workers_traceback(workers):
     others = multiprocessing.active_children()

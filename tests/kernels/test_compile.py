@@ -41,9 +41,10 @@ def run_script(text: str, folder: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory) -> list[dict[str, Any]]:
-    """The compiler's report on every case for every target."""
+    """The compiler's report on every case for ``sm_90`` and on every kernel for the other targets, with some of its
+    cases: all take minutes. ``python -m benchmarks.compile_kernels`` is for those, after a change of a kernel."""
     file = tmp_path_factory.mktemp("compile") / "records.json"
-    result = run_compiler("-m", "benchmarks.compile_kernels", "--disassemble", "sm_90", "--json", str(file))
+    result = run_compiler("-m", "benchmarks.compile_kernels", "--turns", "--disassemble", "sm_90", "--json", str(file))
     assert file.exists(), result.stderr[-4000:]
     return json.loads(file.read_text())
 
@@ -54,8 +55,13 @@ def records(tmp_path_factory) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("operator", operators())
 def test_the_compilers_report_is_what_it_must_be(records, operator, target):
     """No spills, shared memory within the limit, no atomics, 16-byte accesses of streaming operands."""
+    from benchmarks.compile_kernels import in_turns
+
     chosen = [r for r in records if (r["operator"], r["target"]) == (operator, target)]
-    assert len(chosen) == len(operators()[operator].compile_cases())
+    cases = operators()[operator].compile_cases()
+    expected = [i for i, wanted in in_turns(cases, list(TARGETS)) if wanted == target]
+    assert len(chosen) == len(expected) >= len(cases) // 6
+    assert {record["kernel"] for record in chosen} == {case.kernel.__name__ for case in cases}
     problems = [problem for record in chosen for problem in record["problems"]]
     assert not problems, "\n".join(problems)
 

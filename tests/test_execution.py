@@ -1,0 +1,35 @@
+"""What a run is executed with: the precision that a CPU is asked for."""
+
+import warnings
+
+import pytest
+import torch
+
+from dfn_fast import execution
+from dfn_fast.errors import ConfigError
+from dfn_fast.execution import choose_amp
+
+CPU = torch.device("cpu")
+
+
+def test_a_cpu_that_has_no_bf16_is_named_where_it_is_asked_for_it(monkeypatch):
+    monkeypatch.setattr(execution, "has_bf16", lambda: False)
+    with pytest.warns(UserWarning, match="computes bf16 number by number, slower than float32: --amp off is faster"):
+        assert choose_amp("bf16", CPU) == torch.bfloat16
+    monkeypatch.setattr(execution, "has_bf16", lambda: True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert choose_amp("bf16", CPU) == torch.bfloat16
+        assert choose_amp("off", CPU) is None
+
+
+def test_a_cpu_takes_bf16_by_itself_only_with_matrix_units(monkeypatch):
+    for units, expected in ((True, torch.bfloat16), (False, None)):
+        monkeypatch.setattr(execution, "has_bf16_units", lambda units=units: units)
+        monkeypatch.setattr(execution, "has_bf16", lambda: True)
+        assert choose_amp("auto", CPU) == expected
+
+
+def test_fp16_is_for_a_gpu():
+    with pytest.raises(ConfigError, match="--amp fp16 needs a GPU; on a CPU use --amp bf16 or off"):
+        choose_amp("fp16", CPU)
