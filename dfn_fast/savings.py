@@ -90,8 +90,9 @@ def norm(layer: nn.Module, x: Tensor) -> Tensor:
     padded = {name: pad(tensor, x.shape[1]) for name, tensor in own.items()}
     x = functional_call(layer, padded, (x,))
     if layer.training:
-        for name in {"running_mean", "running_var"} & own.keys():
-            own[name].copy_(padded[name][:channels])
+        for name in ("running_mean", "running_var"):
+            if name in own:
+                own[name].copy_(padded[name][:channels])
     return x
 
 

@@ -21,6 +21,8 @@ from dfn_kernels._triton import MISSING
 
 CHOICES = ("auto", "torch", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Others, such as meta, refuse to be asked whether it is on. Here, since not every torch.compile can trace the question.
+AUTOCAST_DEVICES = frozenset(kind for kind in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(kind))
 
 
 def interpreting() -> bool:
@@ -129,8 +131,7 @@ def nhwc(x: Tensor) -> Tensor:
 
 def full_precision(device: torch.device) -> contextlib.AbstractContextManager:
     """No autocast: it would take resizes and matrix products to half precision."""
-    # Devices without autocast, such as meta, refuse to have it switched off.
-    known = torch.amp.is_autocast_available(device.type)
+    known = device.type in AUTOCAST_DEVICES
     return torch.autocast(device.type, enabled=False) if known else contextlib.nullcontext()
 
 

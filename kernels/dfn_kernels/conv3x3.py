@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dfn_kernels import _winograd as winograd
 from dfn_kernels import tuning
-from dfn_kernels._backend import DTYPES, check_features, debugging, nhwc, operator
+from dfn_kernels._backend import AUTOCAST_DEVICES, DTYPES, check_features, debugging, nhwc, operator
 
 
 def conv3x3_ref(x: Tensor, weight: Tensor) -> Tensor:
@@ -112,8 +112,7 @@ def conv3x3(x: Tensor, weight: Tensor) -> Tensor:
             f"got {list(x.shape)} and {list(weight.shape)}"
         )
     kind = x.device.type
-    # Devices without autocast, such as meta, refuse to be asked.
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+    if kind in AUTOCAST_DEVICES and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(kind)
         x, weight = x.to(dtype), weight.to(dtype)
     check_features("conv3x3", x=x, weight=weight)

@@ -60,7 +60,7 @@ def test_the_compilers_report_is_what_it_must_be(records, operator, target):
     chosen = [r for r in records if (r["operator"], r["target"]) == (operator, target)]
     cases = operators()[operator].compile_cases()
     expected = [i for i, wanted in in_turns(cases, list(TARGETS)) if wanted == target]
-    assert len(chosen) == len(expected) >= len(cases) // 6
+    assert len(chosen) == len(expected) >= len(cases) // 8
     assert {record["kernel"] for record in chosen} == {case.kernel.__name__ for case in cases}
     problems = [problem for record in chosen for problem in record["problems"]]
     assert not problems, "\n".join(problems)
