@@ -66,11 +66,12 @@ def test_oneDNN_and_winograd_are_reached():  # noqa: N802
     fused(data)
     kept = [m.packed for m in fused.modules() if isinstance(m, Convolution)]
     assert any(packed.winograd for packed in kept)
-    assert all(packed.winograd or packed.onednn is not None for packed in kept)
-    before = [(packed.onednn, dict(packed.winograd)) for packed in kept]
+    assert all(packed.winograd or packed.onednn for packed in kept)
+    before = [packed.onednn | packed.winograd for packed in kept]
     fused(data)
-    after = [(packed.onednn, dict(packed.winograd)) for packed in kept]
-    assert all(a[0] is b[0] and all(a[1][m] is b[1][m] for m in a[1]) for a, b in zip(after, before, strict=True))
+    after = [packed.onednn | packed.winograd for packed in kept]
+    assert [list(a) for a in after] == [list(b) for b in before]
+    assert all(a[key] is b[key] for a, b in zip(after, before, strict=True) for key in a)
 
 
 def test_the_model_stays_untouched_and_independent():
@@ -218,6 +219,21 @@ def test_fused_conv_on_a_gpu(residual, relu):
     assert ours.is_contiguous(memory_format=torch.channels_last)
     slack = torch.finfo(torch.bfloat16).eps * expected.abs().max()
     assert (ours - expected).abs().max() <= 2 * (theirs - expected).abs().max() + slack
+
+
+@pytest.mark.parametrize("one_layout", [True, False])
+def test_a_weight_is_kept_in_few_layouts_whatever_the_sizes(monkeypatch, one_layout):
+    from dfn_kernels import fused_conv as module
+
+    monkeypatch.setattr(module, "LAYOUT_SERVES_ALL_SIZES", one_layout)
+    torch.manual_seed(0)
+    weight, packed = torch.randn(64, 64, 3, 3) / 24, module.Packed()
+    for side in [4, 6, 4, *range(8, 8 + 2 * module.SHAPES), 4]:
+        x = torch.randn(1, 64, side, side + 1)
+        ours = module.fused_conv(x, weight, padding=1, packed=packed)
+        torch.testing.assert_close(ours, module.fused_conv_ref(x, weight, None, None, 1, 1, True), rtol=1e-4, atol=1e-5)
+    assert len(packed.onednn) == (1 if one_layout else module.SHAPES)
+    assert len({id(own) for own in packed.onednn.values()}) <= 4  # layouts, not sizes
 
 
 @pytest.mark.parametrize("cpu", ["this one", "without bf16"])

@@ -6,6 +6,7 @@ weight once, out once. PyTorch's own convolution writes ``out`` and reads and wr
 (on CUDA), residual and ReLU.
 """
 
+import ctypes
 import functools
 from dataclasses import dataclass, field
 
@@ -27,11 +28,15 @@ def fused_conv_ref(
     return F.relu(out) if relu else out
 
 
+LAYOUT_SERVES_ALL_SIZES = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+SHAPES = 8  # of images whose layouts of a weight are kept
+
+
 @dataclass
 class Packed:
     """What a weight is turned into for the CPU, made when it is first needed and kept: memory for speed."""
 
-    onednn: Tensor | None = None
+    onednn: dict[tuple[int, ...], Tensor] = field(default_factory=dict)  # by x's shape, the last few of them
     winograd: dict[int, Tensor] = field(default_factory=dict)
 
 
@@ -140,15 +145,37 @@ def _on_cpu(
         bias = None if bias is None else bias.to(x.dtype)
         return fused_conv_ref(x, weight.to(x.dtype), bias, residual, stride, padding, relu)
     steps, pads, ones = [stride, stride], [padding, padding], [1, 1]
-    if packed.onednn is None:
-        weight = weight.to(x.dtype)
-        packed.onednn = torch.ops.mkldnn._reorder_convolution_weight(weight, pads, steps, ones, 1, list(x.shape))
+    own = _onednn_weight(x, weight, stride, padding, packed.onednn)
     last = "relu" if relu else "none"
     run = torch.ops.mkldnn._convolution_pointwise
     if residual is None:
-        return run(x, packed.onednn, bias, pads, steps, ones, 1, last, [], "")
+        return run(x, own, bias, pads, steps, ones, 1, last, [], "")
     last_or_none = "relu" if relu else None
-    return run.binary(x, nhwc(residual), packed.onednn, bias, pads, steps, ones, 1, "add", 1.0, last_or_none, [], "")
+    return run.binary(x, nhwc(residual), own, bias, pads, steps, ones, 1, "add", 1.0, last_or_none, [], "")
+
+
+def _onednn_weight(x: Tensor, weight: Tensor, stride: int, padding: int, kept: dict[tuple[int, ...], Tensor]) -> Tensor:
+    """The weight in the layout that oneDNN wants for ``x``, from ``kept`` or put there.
+
+    With AVX-512 one layout serves every size. Without, there are some three of them, and a convolution in a layout
+    of another size takes several times as long; shapes of one layout share it.
+    """
+    shape = () if LAYOUT_SERVES_ALL_SIZES else tuple(x.shape)
+    if shape not in kept:
+        pads, steps, ones = [padding, padding], [stride, stride], [1, 1]
+        dense = weight.to(x.dtype)
+        own = torch.ops.mkldnn._reorder_convolution_weight(dense, pads, steps, ones, 1, list(x.shape))
+        own = next((other for other in kept.values() if torch.equal(_bytes(other), _bytes(own))), own)
+        while len(kept) >= SHAPES:
+            del kept[next(iter(kept))]
+        kept[shape] = own
+    return kept[shape]
+
+
+def _bytes(own: Tensor) -> Tensor:
+    """The memory of a tensor in a layout of oneDNN's."""
+    memory = (ctypes.c_ubyte * torch.ops.mkldnn._nbytes(own)).from_address(torch.ops.mkldnn.data_ptr(own))
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 @functools.cache
