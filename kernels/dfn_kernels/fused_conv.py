@@ -6,7 +6,6 @@ weight once, out once. PyTorch's own convolution writes ``out`` and reads and wr
 (on CUDA), residual and ReLU.
 """
 
-import ctypes
 import functools
 from dataclasses import dataclass, field
 
@@ -29,7 +28,7 @@ def fused_conv_ref(
 
 
 LAYOUT_SERVES_ALL_SIZES = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-SHAPES = 8  # of images whose layouts of a weight are kept
+SHAPES = 5  # for which a weight is kept where it does not: those of five scales
 
 
 @dataclass
@@ -157,25 +156,18 @@ def _on_cpu(
 def _onednn_weight(x: Tensor, weight: Tensor, stride: int, padding: int, kept: dict[tuple[int, ...], Tensor]) -> Tensor:
     """The weight in the layout that oneDNN wants for ``x``, from ``kept`` or put there.
 
-    With AVX-512 one layout serves every size. Without, there are some three of them, and a convolution in a layout
-    of another size takes several times as long; shapes of one layout share it.
+    With AVX-512 one layout serves every size. Without, a convolution in the layout of another size can take several
+    times as long.
     """
     shape = () if LAYOUT_SERVES_ALL_SIZES else tuple(x.shape)
     if shape not in kept:
         pads, steps, ones = [padding, padding], [stride, stride], [1, 1]
         dense = weight.to(x.dtype)
         own = torch.ops.mkldnn._reorder_convolution_weight(dense, pads, steps, ones, 1, list(x.shape))
-        own = next((other for other in kept.values() if torch.equal(_bytes(other), _bytes(own))), own)
         while len(kept) >= SHAPES:
             del kept[next(iter(kept))]
         kept[shape] = own
     return kept[shape]
-
-
-def _bytes(own: Tensor) -> Tensor:
-    """The memory of a tensor in a layout of oneDNN's."""
-    memory = (ctypes.c_ubyte * torch.ops.mkldnn._nbytes(own)).from_address(torch.ops.mkldnn.data_ptr(own))
-    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 @functools.cache
