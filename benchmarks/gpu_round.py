@@ -54,10 +54,16 @@ BENCH = "pytest --benchmark-only -q --benchmark-json {json}"
 QUICK = BENCH + " --compile-mode default"
 LEARN = "python -m benchmarks.learning camvid --root {camvid} --epochs 40"
 SANITIZER = "tests/kernels/test_sanitizer.py"
+COMPILING = "tests/kernels/test_compile.py"  # minutes, and asks no GPU
 R101 = '"R101 and bfloat16 and 512x512 and not scales"'
 STEPS = [
     Step("tests", 2.5, "parity, capture, determinism, 2^31 elements", TESTS + ' {parallel} -m "gpu and not slow"'),
-    Step("kernels", 2, "the kernels' other tests, not in the interpreter", TESTS + " {parallel} tests/kernels"),
+    Step(
+        "kernels",
+        2,
+        "the kernels' other tests, not in the interpreter",
+        f'{TESTS} {{parallel}} -m "not gpu" tests/kernels --ignore {COMPILING}',
+    ),
     Step("step", 3, "DFN-R101, batch 32, bf16", BENCH + ' benchmarks/test_training_step.py -k "R101 and bf16"'),
     Step("inference", 2, "DFN-R101, batch 1 and 16, bf16", f"{QUICK} benchmarks/test_inference.py -k {R101}"),
     Step("convolutions", 1.5, "in bf16", BENCH + ' benchmarks/test_convolutions.py -k "bfloat16 or algorithms"'),
