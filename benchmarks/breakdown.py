@@ -22,6 +22,7 @@ from benchmarks.test_training_step import TrainingTrial
 from benchmarks.test_training_step import shapes as training_shapes
 from dfn_fast import cli
 from dfn_fast.atomic import write_text
+from dfn_fast.execution import choose_algorithms
 from dfn_fast.profiling import STEPS, WARM_UP, report
 from dfn_fast.regions import named_regions
 
@@ -46,11 +47,13 @@ def breakdown(name: str, call: Callable[[], Any]) -> str:
 def training() -> str:
     """The largest network that the benchmark of the step compiles."""
     shape = [shape for shape in training_shapes() if shape.compiles][-1]
+    choose_algorithms(deterministic=False)  # as `dfn_fast.train` does
     trial = TrainingTrial(shape, "bf16" if measure.HAS_BF16 else "off")
     return breakdown(f"training step, {trial.name}", lambda: trial.run("ours"))
 
 
 def inference() -> str:
+    torch.backends.cudnn.benchmark = False
     shape = next(shape for shape in inference_shapes() if len(shape.scales) > 1)
     trial = InferenceTrial(shape, torch.bfloat16 if measure.HAS_BF16 else torch.float32)
     return breakdown(f"inference, {trial.name}", trial.function("ours"))

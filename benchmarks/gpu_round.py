@@ -178,7 +178,13 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     names = [step.name for step in STEPS]
     add("--output", type=Path, metavar="DIR", help="folder of logs and results")
-    add("--minutes", type=float, default=60.0, metavar="M", help="that all may take (default: 60)")
+    add(
+        "--minutes",
+        type=float,
+        default=60.0,
+        metavar="M",
+        help="that all may take, but for half of one to end the last (default: 60)",
+    )
     add("--steps", nargs="+", metavar="NAME", help="these alone, in this order (default: all)")
     add("--camvid", default="", metavar="DIR", help="folder of the CamVid images; without it nothing is learnt")
     add("--list", action="store_true", help="show the steps and what each answers")

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from dfn_kernels.fused_conv import onednn_takes_bf16
 from torch import Tensor
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Without it a CPU multiplies bfloat16 numbers one by one, hundreds of times as slowly as float32.
-HAS_BF16 = DEVICE.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+HAS_BF16 = DEVICE.type == "cuda" or onednn_takes_bf16()
 IMPLEMENTATIONS = ("eager", "compile", "ours")
 COMPILE_MODES = ("max-autotune", "default")
 # What torch.compile beside ours tries on a GPU; `--compile-mode` of the benchmarks changes it. A CPU has no modes.

@@ -61,7 +61,7 @@ def waterfall(axis: Axes, rows: Rows, kind: str) -> None:
     axis.set_yticks(range(len(rows)), names)
     axis.invert_yaxis()
     axis.set_xlim(0, 1.18 * max(values))
-    axis.set_xlabel("times as fast as eager float32")
+    axis.set_xlabel(f"times as fast as {names[0]}")
     axis.set_title(f"{kind}, {rows[0]['group']}", fontsize=10)
 
 

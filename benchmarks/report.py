@@ -244,7 +244,8 @@ def section(folder: Path) -> list[str]:
     kept = [name for name in TABLES if name in suites]
     if not kept:
         return []
-    lines = [f"### {machine['device']}, torch {machine['torch']}, {machine['threads']} threads", ""]
+    of = "" if "driver" in machine or "instructions" not in machine else f" ({machine['instructions']})"
+    lines = [f"### {machine['device']}{of}, torch {machine['torch']}, {machine['threads']} threads", ""]
     if "copy_gb_per_s" in machine:
         lines += [roofs(machine), ""]
     for picture, words in PICTURES.items():

@@ -6,7 +6,7 @@ import warnings
 from typing import Any
 
 import torch
-from dfn_kernels.fused_conv import has_bf16
+from dfn_kernels.fused_conv import onednn_takes_bf16
 
 from dfn_fast.distributed import ALONE, World
 from dfn_fast.errors import ConfigError
@@ -36,7 +36,7 @@ def choose_amp(name: str, device: torch.device) -> torch.dtype | None:
         name = "bf16" if device.type == "cuda" or has_bf16_units() else "off"
     if name == "fp16" and device.type == "cpu":
         raise ConfigError("--amp fp16 needs a GPU; on a CPU use --amp bf16 or off")
-    if name == "bf16" and device.type == "cpu" and not has_bf16():
+    if name == "bf16" and device.type == "cpu" and not onednn_takes_bf16():
         warnings.warn("this CPU computes bf16 number by number, slower than float32: --amp off is faster", stacklevel=2)
     return HALVES.get(name)
 

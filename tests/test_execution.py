@@ -13,10 +13,10 @@ CPU = torch.device("cpu")
 
 
 def test_a_cpu_that_has_no_bf16_is_named_where_it_is_asked_for_it(monkeypatch):
-    monkeypatch.setattr(execution, "has_bf16", lambda: False)
+    monkeypatch.setattr(execution, "onednn_takes_bf16", lambda: False)
     with pytest.warns(UserWarning, match="computes bf16 number by number, slower than float32: --amp off is faster"):
         assert choose_amp("bf16", CPU) == torch.bfloat16
-    monkeypatch.setattr(execution, "has_bf16", lambda: True)
+    monkeypatch.setattr(execution, "onednn_takes_bf16", lambda: True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert choose_amp("bf16", CPU) == torch.bfloat16
@@ -26,7 +26,7 @@ def test_a_cpu_that_has_no_bf16_is_named_where_it_is_asked_for_it(monkeypatch):
 def test_a_cpu_takes_bf16_by_itself_only_with_matrix_units(monkeypatch):
     for units, expected in ((True, torch.bfloat16), (False, None)):
         monkeypatch.setattr(execution, "has_bf16_units", lambda units=units: units)
-        monkeypatch.setattr(execution, "has_bf16", lambda: True)
+        monkeypatch.setattr(execution, "onednn_takes_bf16", lambda: True)
         assert choose_amp("auto", CPU) == expected
 
 

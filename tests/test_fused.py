@@ -241,7 +241,7 @@ def test_fused_conv_on_a_cpu(monkeypatch, cpu):
     from dfn_kernels.fused_conv import Packed, fused_conv, fused_conv_ref
 
     if cpu != "this one":
-        monkeypatch.setattr("dfn_kernels.fused_conv.has_bf16", lambda: False)
+        monkeypatch.setattr("dfn_kernels.fused_conv.onednn_takes_bf16", lambda: False)
     torch.manual_seed(0)
     for dtype in (torch.float32, torch.bfloat16):
         for has_bias, residual, relu in [(b, r, a) for b in (0, 1) for r in (0, 1) for a in (False, True)]:

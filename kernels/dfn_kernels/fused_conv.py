@@ -127,7 +127,7 @@ def _on_cpu(
     relu: bool,
     packed: Packed,
 ) -> Tensor:
-    if x.dtype == torch.bfloat16 and not has_bf16():
+    if x.dtype == torch.bfloat16 and not onednn_takes_bf16():
         wide, addend = x.float(), None if residual is None else residual.float()
         bias = None if bias is None else bias.float()
         return _on_cpu(wide, weight, bias, addend, stride, padding, relu, packed).bfloat16()
@@ -171,7 +171,7 @@ def _onednn_weight(x: Tensor, weight: Tensor, stride: int, padding: int, kept: d
 
 
 @functools.cache
-def has_bf16() -> bool:
+def onednn_takes_bf16() -> bool:
     """Whether oneDNN multiplies bfloat16 here. It refuses on CPUs without the vectors for it, where PyTorch's own
     convolution goes number by number: float32 arithmetic, rounded once, is many times as fast and no less exact."""
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
