@@ -19,15 +19,18 @@ TEST = [
     *EXPORT,  # ONNX Runtime is the second opinion on exported networks
 ]
 
+VERSION: dict[str, str] = {}
+exec(Path(__file__).with_name("dfn_fast").joinpath("version.py").read_text(encoding="utf-8"), VERSION)
+
 setup(
     name="dfn-fast",
-    version="0.1.0",
+    version=VERSION["__version__"],
     description="Discriminative Feature Network for semantic segmentation, with fused Triton kernels",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
-    packages=[*find_packages(include=["dfn_fast", "dfn_fast.*"]), "dfn_kernels"],
+    packages=[*find_packages(include=["dfn_fast", "dfn_fast.*"]), *find_packages("kernels")],
     package_dir={"dfn_kernels": "kernels/dfn_kernels"},
     install_requires=[
         "torch>=2.7",

@@ -21,10 +21,10 @@ from benchmarks.test_inference import shapes as inference_shapes
 from benchmarks.test_training_step import TrainingTrial
 from benchmarks.test_training_step import shapes as training_shapes
 from dfn_fast import cli
-from dfn_fast.atomic import write_text
-from dfn_fast.execution import choose_algorithms
-from dfn_fast.profiling import STEPS, WARM_UP, report
-from dfn_fast.regions import named_regions
+from dfn_fast.files import write_text
+from dfn_fast.runtime.device import choose_algorithms
+from dfn_fast.runtime.profiling import STEPS, WARM_UP, report
+from dfn_fast.runtime.regions import named_regions
 
 CUDA = DEVICE.type == "cuda"
 

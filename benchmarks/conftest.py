@@ -12,7 +12,7 @@ from benchmarks import figures, machine, measure
 from benchmarks.figures import Work
 from benchmarks.measure import DEVICE, Trial
 from benchmarks.operator_cases import FEATURES
-from dfn_fast.execution import choose_algorithms
+from dfn_fast.runtime.device import choose_algorithms
 
 CPU_TIME_LIMIT = 1.1  # ours / eager, promised on a CPU
 

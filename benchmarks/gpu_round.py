@@ -27,8 +27,8 @@ import torch
 
 from benchmarks.record import RESULTS
 from dfn_fast import cli
-from dfn_fast.atomic import write_text
 from dfn_fast.errors import ConfigError
+from dfn_fast.files import write_text
 
 ROOT = RESULTS.parent.parent
 GRACE = 30.0  # seconds from the request to stop, at which pytest still writes its results, to the end

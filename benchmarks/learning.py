@@ -21,7 +21,7 @@ from benchmarks import record
 from benchmarks.measure import DEVICE
 from dfn_fast import cli
 from dfn_fast.errors import UserError
-from dfn_fast.run_folder import RunFolder
+from dfn_fast.train.folder import RunFolder
 
 FIVE_SCALES = ["--scales", "0.5", "0.75", "1", "1.5", "1.75", "--flip"]
 CPU = DEVICE.type == "cpu"

@@ -12,8 +12,8 @@ from typing import Any
 
 from benchmarks.machine import ceilings, environment
 from dfn_fast import cli
-from dfn_fast.atomic import write_text
 from dfn_fast.errors import ConfigError
+from dfn_fast.files import write_text
 
 RESULTS = Path(__file__).with_name("results")
 FACTS = (

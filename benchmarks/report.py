@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks import plots
 from benchmarks.record import RESULTS, with_newer
 from dfn_fast import cli
-from dfn_fast.atomic import write_text
+from dfn_fast.files import write_text
 
 README = RESULTS.parent.parent / "README.md"
 BEGIN = "<!-- made by python -m benchmarks.report from benchmarks/results: do not edit -->"

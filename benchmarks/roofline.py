@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dfn_fast import cli
-from dfn_fast.backbone import LAYERS, STEMS, Bottleneck
+from dfn_fast.network.backbone import LAYERS, STEMS, Bottleneck
 
 
 @dataclass(frozen=True)

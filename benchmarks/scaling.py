@@ -17,7 +17,7 @@ from benchmarks.measure import DEVICE
 from dfn_fast import FastDFN, Predictor, cli
 from dfn_fast.config import TrainConfig
 from dfn_fast.data.loader import Batch
-from dfn_fast.training import Trainer
+from dfn_fast.trainer.trainer import Trainer
 
 CPU = DEVICE.type == "cpu"
 BACKBONE, CHANNELS = ("resnet18", 64) if CPU else ("resnet101", 512)
@@ -38,7 +38,7 @@ def inference(batch: int, side: int, classes: int) -> Callable[[], Any]:
 
 def training(batch: int, side: int, classes: int) -> Callable[[], Any]:
     config = TrainConfig(backbone=BACKBONE, channels=CHANNELS, crop=(side, side), batch_size=batch)
-    trainer = Trainer(FastDFN(classes, **config.model_settings()), config, 10**6, DEVICE)
+    trainer = Trainer(FastDFN(classes, **config.network_arguments()), config, 10**6, DEVICE)
     images, labels = (
         torch.zeros(batch, 3, side, side, dtype=torch.uint8),
         torch.zeros(batch, side, side, dtype=torch.uint8),

@@ -14,12 +14,13 @@ import torch
 from PIL import Image
 
 from benchmarks import measure
-from dfn_fast.border import border_targets
 from dfn_fast.config import TrainConfig, recipe
 from dfn_fast.data.base import SegmentationDataset
+from dfn_fast.data.border import border_targets
 from dfn_fast.data.loader import TrainLoader
+from dfn_fast.data.normalize import normalize
 from dfn_fast.data.registry import build_dataset
-from dfn_fast.data.transforms import TrainTransform, normalize
+from dfn_fast.data.transforms import TrainTransform
 
 pytestmark = pytest.mark.timeout(600)
 PROMISED = 25.0  # images/s of one worker

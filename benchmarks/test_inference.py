@@ -28,8 +28,8 @@ from benchmarks.machine import name_of
 from benchmarks.measure import DEVICE
 from benchmarks.roofline import Network
 from dfn_fast import Predictor, ReferenceDFN
-from dfn_fast.data.transforms import normalize
-from dfn_fast.windows import window_starts
+from dfn_fast.data.normalize import normalize
+from dfn_fast.inference.windows import window_starts
 
 pytestmark = [pytest.mark.timeout(1800), pytest.mark.inference]
 IMPLEMENTATIONS = ("float32", "eager", "compile", "ours")

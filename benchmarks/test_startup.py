@@ -21,7 +21,7 @@ PROGRAMS = {
     "import torch": "import torch",
     "import dfn_fast, after torch": "import torch\nSTART()\nimport dfn_fast",
     "first training step": """
-        from dfn_fast.training import Trainer
+        from dfn_fast.trainer.trainer import Trainer
         from dfn_fast import FastDFN
         from dfn_fast.config import TrainConfig
         from dfn_fast.data.loader import Batch
@@ -30,7 +30,7 @@ PROGRAMS = {
         config = TrainConfig(backbone="resnet18", crop=(64, 64), batch_size=2, channels=64, compile=False)
         batch = Batch(torch.zeros(2, 3, 64, 64, dtype=torch.uint8), *torch.zeros(2, 2, 64, 64, dtype=torch.uint8), [])
         START()
-        Trainer(FastDFN(21, **config.model_settings()), config, 10, device).step([batch], 0).item()
+        Trainer(FastDFN(21, **config.network_arguments()), config, 10, device).step([batch], 0).item()
     """,
     "first image": """
         from dfn_fast import FastDFN, Predictor
@@ -46,14 +46,14 @@ PROGRAMS = {
         model.fuse()
     """,
     "compiling a training step": """
-        from dfn_fast.training import Trainer
+        from dfn_fast.trainer.trainer import Trainer
         from dfn_fast import FastDFN
         from dfn_fast.config import TrainConfig
         from dfn_fast.data.loader import Batch
         import torch
         config = TrainConfig(backbone="resnet18", crop=(64, 64), batch_size=2, channels=64, compile=True)
         batch = Batch(torch.zeros(2, 3, 64, 64, dtype=torch.uint8), *torch.zeros(2, 2, 64, 64, dtype=torch.uint8), [])
-        trainer = Trainer(FastDFN(21, **config.model_settings()), config, 10, torch.device(DEVICE))
+        trainer = Trainer(FastDFN(21, **config.network_arguments()), config, 10, torch.device(DEVICE))
         START()
         trainer.step([batch], 0).item()
     """,

@@ -22,7 +22,7 @@ from benchmarks.roofline import Network
 from dfn_fast import FastDFN, ReferenceDFN
 from dfn_fast.config import TrainConfig, recipe
 from dfn_fast.data.loader import Batch
-from dfn_fast.training import Trainer
+from dfn_fast.trainer.trainer import Trainer
 
 pytestmark = [pytest.mark.timeout(1800), pytest.mark.training, pytest.mark.usefixtures("cudnn_by_trial")]
 IMPLEMENTATIONS = ("float32", "eager", "compile", "ours")
@@ -82,7 +82,7 @@ class TrainingTrial:
             )
             torch.manual_seed(0)
             network = FastDFN if implementation == "ours" else ReferenceDFN
-            model = network(self.shape.num_classes, alpha=config.border_weight, **config.model_settings())
+            model = network(self.shape.num_classes, alpha=config.border_weight, **config.network_arguments())
             self.trainers[implementation] = Trainer(model, config, 10**6, DEVICE)
         return self.trainers[implementation]
 

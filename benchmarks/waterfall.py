@@ -20,9 +20,9 @@ from benchmarks.measure import DEVICE, HAS_BF16
 from dfn_fast import FastDFN, ReferenceDFN, Savings, cli
 from dfn_fast.config import TrainConfig
 from dfn_fast.data.loader import Batch
-from dfn_fast.execution import HALVES, choose_algorithms
-from dfn_fast.graph_cache import GraphCache
-from dfn_fast.training import Trainer
+from dfn_fast.runtime.device import HALVES, choose_algorithms
+from dfn_fast.runtime.graph_cache import GraphCache
+from dfn_fast.trainer.trainer import Trainer
 
 NUM_CLASSES = 21
 NONE = Savings.none()
@@ -74,7 +74,7 @@ def training_rows(config: TrainConfig, images: int) -> list[Row]:
         def trainer() -> Trainer:
             torch.manual_seed(0)
             chosen = dataclasses.replace(config, **settings)
-            model = network(NUM_CLASSES, **config.model_settings())
+            model = network(NUM_CLASSES, **config.network_arguments())
             if isinstance(model, FastDFN):
                 model.savings = savings
             return Trainer(model, chosen, 10**6, DEVICE)
@@ -107,9 +107,9 @@ def training_rows(config: TrainConfig, images: int) -> list[Row]:
 def inference_rows(config: TrainConfig, images: int) -> list[Row]:
     """From normalised images to log-probabilities, which are the output."""
     torch.manual_seed(0)
-    reference = calibrated(ReferenceDFN(NUM_CLASSES, **config.model_settings()).to(DEVICE))
+    reference = calibrated(ReferenceDFN(NUM_CLASSES, **config.network_arguments()).to(DEVICE))
     data = torch.randn(images, 3, *config.crop, device=DEVICE)
-    fast = FastDFN(NUM_CLASSES, **config.model_settings()).to(DEVICE).eval()
+    fast = FastDFN(NUM_CLASSES, **config.network_arguments()).to(DEVICE).eval()
     fast.load_state_dict(reference.state_dict())
 
     def row(technique: str, make: Callable[[], nn.Module], dtype: torch.dtype, layout: torch.memory_format) -> Row:
@@ -123,7 +123,7 @@ def inference_rows(config: TrainConfig, images: int) -> list[Row]:
     half, last = HALVES.get(config.amp, torch.float32), torch.channels_last
 
     def copy(of: ReferenceDFN, savings: Savings | None = None, dtype: torch.dtype = half) -> nn.Module:
-        model = type(of)(NUM_CLASSES, **config.model_settings()).to(DEVICE).eval()
+        model = type(of)(NUM_CLASSES, **config.network_arguments()).to(DEVICE).eval()
         model.load_state_dict(of.state_dict())
         if isinstance(model, FastDFN) and savings is not None:
             model.savings = savings

@@ -1,14 +1,21 @@
 """What all command lines share: readable help, the nearest option for a misspelt one, errors without a traceback."""
 
 import argparse
-import difflib
 import errno
 import io
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from typing import Any
 
-from dfn_fast.errors import UserError
+from dfn_fast.errors import UserError, nearest
+
+# A progress bar of images, for tqdm: images/s, however slow.
+IMAGES_BAR: dict[str, Any] = {
+    "unit": " images",
+    "dynamic_ncols": True,
+    "bar_format": "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]",
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -43,10 +50,9 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=28, width=100)
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """``"; did you mean X?"`` for the known word nearest to ``word``, or nothing where none is near."""
-    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {matches[0]}?" if matches else ""
+def dashed(name: str) -> str:
+    """A field's name as an option's."""
+    return name.replace("_", "-")
 
 
 def size(text: str) -> tuple[int, int]:

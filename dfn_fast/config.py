@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dfn_fast.backbone import LAYERS, STEMS
-from dfn_fast.cli import nearest
-from dfn_fast.errors import ConfigError, brief
-from dfn_fast.regular_file import MAX_TEXT, require_regular
+from dfn_fast import cli
+from dfn_fast.errors import ConfigError, brief, nearest
+from dfn_fast.files import MAX_TEXT, require_regular
+from dfn_fast.network.backbone import LAYERS, MIN_SIZE, STEMS
 
 MODELS = ("fast", "reference")
 MEMORY = ("off", "norm", "blocks")
@@ -138,18 +138,19 @@ class TrainConfig:
         for f in dataclasses.fields(self):
             value, limit, choices = getattr(self, f.name), f.metadata["minimum"], f.metadata["choices"]
             if limit is not None and value is not None and not value >= limit:
-                raise ConfigError(f"--{dashed(f.name)} must be at least {limit:g}, got {brief(value)}")
+                raise ConfigError(f"--{cli.dashed(f.name)} must be at least {limit:g}, got {brief(value)}")
             if choices and value not in choices:
                 raise ConfigError(
-                    f"--{dashed(f.name)} must be one of {', '.join(choices)}, got {brief(value)}"
+                    f"--{cli.dashed(f.name)} must be one of {', '.join(choices)}, got {brief(value)}"
                     + nearest(str(value)[:80], choices)
                 )
             numbers = value if isinstance(value, tuple) else (value,)
             if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
-                raise ConfigError(f"--{dashed(f.name)} must be finite, got {value}")
-        if min(self.crop) < 32:
+                raise ConfigError(f"--{cli.dashed(f.name)} must be finite, got {value}")
+        if min(self.crop) < MIN_SIZE:
             raise ConfigError(
-                f"--crop {self.crop[0]}x{self.crop[1]} is too small: the network needs 32 x 32 pixels or more"
+                f"--crop {self.crop[0]}x{self.crop[1]} is too small: "
+                f"the network needs {MIN_SIZE} x {MIN_SIZE} pixels or more"
             )
         if not self.scales or min(self.scales) <= 0:
             raise ConfigError(f"--scales must be positive numbers, got {list(self.scales)}")
@@ -173,7 +174,7 @@ class TrainConfig:
                 "leave out --accumulate or --cuda-graph"
             )
 
-    def model_settings(self) -> dict[str, Any]:
+    def network_arguments(self) -> dict[str, Any]:
         """The keyword arguments of the network that a checkpoint must hold to build it again, but ``num_classes``."""
         names = ("backbone", "stem", "channels", "border_channels")
         switches = ("global_context", "channel_attention", "deep_supervision", "border")
@@ -221,11 +222,6 @@ def _is(value: Any, kind: type) -> bool:
     if isinstance(value, int):
         return kind in (int, float) and abs(value) <= LARGEST
     return isinstance(value, kind)
-
-
-def dashed(name: str) -> str:
-    """A field's name as an option's."""
-    return name.replace("_", "-")
 
 
 def load_config(path: str | Path) -> TrainConfig:

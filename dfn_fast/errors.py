@@ -1,7 +1,16 @@
-"""The error that a user can mend: its text names the file or option, what was expected, what came and the remedy."""
+"""Errors that a user can fix.
 
+The message names the file or option, what was expected, what was found, and the remedy.
+"""
+
+import difflib
 import reprlib
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
+
+SHOWN = 5  # names that an error lists
+EXCERPT = 500  # characters of them
 
 
 class UserError(Exception):
@@ -29,5 +38,23 @@ _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 120
 
 
 def brief(value: Any) -> str:
-    """``repr(value)``, cut short: what stands in a broken file may be millions of characters, or hold itself."""
+    """``repr(value)``, truncated: a broken file may hold millions of characters, or a value that contains itself."""
     return _SHORT.repr(value)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """``"; did you mean X?"`` for the known word nearest to ``word``, or nothing where none is near."""
+    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {matches[0]}?" if matches else ""
+
+
+def listed(names: Iterable[str], most: int = SHOWN) -> str:
+    """The first names, separated by commas, with ``...`` if there are more than ``most``."""
+    names = list(names)
+    return ", ".join(names[:most])[:EXCERPT] + (", ..." if len(names) > most else "")
+
+
+def shortened(text: str | Path, most: int = 200) -> str:
+    """For the text of an error: a line of a file that is no list may have any length."""
+    text = str(text)
+    return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"

@@ -28,14 +28,14 @@ import torch
 from PIL import Image
 from torch import nn
 
-from dfn_fast.checkpoint import load_weights
+from dfn_fast.checkpoint.weights import load_weights
 from dfn_fast.config import TrainConfig, load_config
-from dfn_fast.data.files import read_image, read_label
 from dfn_fast.data.registry import build_dataset
 from dfn_fast.errors import UserError
-from dfn_fast.loading import load_model
-from dfn_fast.predict_jobs import listed_sources
-from dfn_fast.reference import ReferenceDFN
+from dfn_fast.inference.loading import load_model
+from dfn_fast.media.images import read_image, read_label
+from dfn_fast.network.reference import ReferenceDFN
+from dfn_fast.predict.jobs import listed_sources
 
 CASE_SECONDS = 60  # a machine that does other work may be slow; a hang has no end
 MEMORY = 1 << 30

@@ -30,9 +30,9 @@ import torch
 from runs import SMALL_RUN, differences, small_runs, timeless_metrics
 from tqdm import tqdm
 
-from dfn_fast import train
-from dfn_fast.checkpoint import read_file
-from dfn_fast.run_folder import RunFolder
+from dfn_fast.checkpoint.archive import read_file
+from dfn_fast.train import __main__ as train
+from dfn_fast.train.folder import RunFolder
 
 KINDS = ("time", "file", "call")
 

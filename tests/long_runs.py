@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from dfn_fast.backbone import BasicBlock, ResNet, make_stage
 from dfn_fast.config import TrainConfig
-from dfn_fast.inference import Predictor
-from dfn_fast.interrupt import StopRequest
-from dfn_fast.model import FastDFN
-from dfn_fast.pipeline import Pipeline
-from dfn_fast.run import Run
-from dfn_fast.run_folder import RunFolder
+from dfn_fast.inference.predictor import Predictor
+from dfn_fast.network.backbone import BasicBlock, ResNet, make_stage
+from dfn_fast.network.fast import FastDFN
+from dfn_fast.predict.pipeline import Pipeline
+from dfn_fast.runtime.signals import StopRequest
+from dfn_fast.train.folder import RunFolder
+from dfn_fast.train.run import Run
 
 ITERATIONS, IMAGES, BLOCK = 2000, 500, 10
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -93,7 +93,7 @@ def train(folder: Path) -> list[dict[str, int]]:
         deep_supervision=False,
     )
     # fmt: on
-    with patch("dfn_fast.reference.ResNet", TinyResNet):
+    with patch("dfn_fast.network.reference.ResNet", TinyResNet):
         run = WatchedRun(config, RunFolder(folder / "run"), StopRequest())
     run.folder.path.mkdir()
     run.train()
@@ -103,7 +103,7 @@ def train(folder: Path) -> list[dict[str, int]]:
 
 def predict() -> list[dict[str, int]]:
     """Images of as many sizes, through readers, a predictor and writers, as ``dfn_fast.predict`` has them."""
-    with patch("dfn_fast.reference.ResNet", TinyResNet):
+    with patch("dfn_fast.network.reference.ResNet", TinyResNet):
         model = FastDFN(3, backbone="resnet18", stem="conv7", channels=8, border_channels=4)
     model.eval()
     settings = ({}, {"scales": (0.75, 1.25), "flip": True}, {"window": 48})

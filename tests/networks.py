@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dfn_fast.reference import ReferenceDFN
+from dfn_fast.network.reference import ReferenceDFN
 
 SMALL = {"backbone": "resnet18", "channels": 16, "border_channels": 6}
 SWITCHES = ("global_context", "channel_attention", "deep_supervision", "border")

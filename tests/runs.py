@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from dfn_fast.backbone import LAYERS, BasicBlock
-from dfn_fast.run_folder import RunFolder
+from dfn_fast.network.backbone import LAYERS, BasicBlock
+from dfn_fast.train.folder import RunFolder
 
 # Twelve iterations in four epochs, two validations; a checkpoint after iterations 0, 2, 3, 4, 6, 8, 9, 10 and 12.
 SMALL_RUN = "synthetic --backbone resnet18 --channels 8 --no-border --no-deep-supervision --crop 32 --batch-size 3"
@@ -33,8 +33,8 @@ def small_runs() -> Iterator[None]:
     """Within it, ``SMALL_RUN`` is small: few weights, few scenes, and no pictures, which take as long as the rest."""
     with (
         patch.dict(LAYERS, resnet18=(ThinBlock, (1, 1, 1, 1))),
-        patch("dfn_fast.data.synthetic.LENGTHS", {"train": 9, "val": 2}),
-        patch("dfn_fast.train.draw"),
+        patch("dfn_fast.data.datasets.synthetic.LENGTHS", {"train": 9, "val": 2}),
+        patch("dfn_fast.train.__main__.draw"),
     ):
         yield
 

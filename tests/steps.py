@@ -4,12 +4,13 @@ from unittest.mock import patch
 
 import torch
 
-from dfn_fast.backbone import LAYERS, BasicBlock
 from dfn_fast.config import TrainConfig
 from dfn_fast.data.loader import Batch
-from dfn_fast.distributed import ALONE, norm_layer
-from dfn_fast.model import FastDFN
-from dfn_fast.training import Trainer
+from dfn_fast.network.backbone import LAYERS, BasicBlock
+from dfn_fast.network.fast import FastDFN
+from dfn_fast.runtime.processes import ALONE
+from dfn_fast.trainer.parallel import norm_layer
+from dfn_fast.trainer.trainer import Trainer
 
 CLASSES, COUNT = 5, 3  # a batch of 3: no weight has 3 outputs, so that shapes tell activations from weights
 
@@ -19,7 +20,7 @@ def tiny_trainer(device="cpu", network=FastDFN, blocks=1, parts=None, world=ALON
     torch.manual_seed(0)
     config = TrainConfig(**{"compile": False, "channels": 16, "border_channels": 6, "lr": 0.01, **settings})
     with patch.dict(LAYERS, tiny=(BasicBlock, (blocks,) * 4)):
-        settings = {**config.model_settings(), "alpha": config.border_weight, "norm_layer": norm_layer(world)}
+        settings = {**config.network_arguments(), "alpha": config.border_weight, "norm_layer": norm_layer(world)}
         model = network(CLASSES, **{**settings, "backbone": "tiny", **(parts or {})})
     return Trainer(model, config, 100, torch.device(device), world)
 

@@ -6,14 +6,14 @@ import pytest
 import torch
 from networks import random_dfn
 
-from dfn_fast.border import border_targets
 from dfn_fast.data.base import Sample
+from dfn_fast.data.border import border_targets
 from dfn_fast.data.loader import AugmentedSamples, SampleKey, collate
 from dfn_fast.data.transforms import TrainTransform
-from dfn_fast.evaluate import evaluate
-from dfn_fast.inference import Predictor
-from dfn_fast.metrics import BorderScore, BoundaryFScore, ConfusionMatrix
-from dfn_fast.visualize import colorize, overlay
+from dfn_fast.evaluate.evaluation import evaluate
+from dfn_fast.evaluate.metrics import BorderScore, BoundaryFScore, ConfusionMatrix
+from dfn_fast.inference.predictor import Predictor
+from dfn_fast.media.overlays import colorize, overlay
 
 CLASSES = 3
 PALETTE = np.arange(3 * CLASSES, dtype=np.uint8).reshape(CLASSES, 3)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dfn_fast.backbone import ResNet, initialise
+from dfn_fast.network.backbone import ResNet, initialise
 
 DEPTHS = ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
 BLOCKS = {"resnet18": (2, 2, 2, 2), "resnet50": (3, 4, 6, 3)}

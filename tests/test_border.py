@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 import pytest
 
-from dfn_fast.border import border_targets
+from dfn_fast.data.border import border_targets
 from dfn_fast.errors import ConfigError, DataError
 
 NEIGHBOURS = np.ones((3, 3), np.uint8)

@@ -14,13 +14,15 @@ import pytest
 import torch
 from torch import nn
 
-from dfn_fast.checkpoint import read_file, save_atomic, save_weights
-from dfn_fast.data.camvid import CamVidDataset
-from dfn_fast.data.cityscapes import CityscapesDataset
-from dfn_fast.data.voc import VocDataset
+from dfn_fast.checkpoint.archive import read_file, save_atomic
+from dfn_fast.checkpoint.weights import save_weights
+from dfn_fast.data.datasets.camvid import CamVidDataset
+from dfn_fast.data.datasets.cityscapes import CityscapesDataset
+from dfn_fast.data.datasets.voc import VocDataset
 from dfn_fast.errors import CheckpointError
-from dfn_fast.loading import infer_model_config, load_model
-from dfn_fast.reference import ReferenceDFN
+from dfn_fast.inference.loading import load_model
+from dfn_fast.network.arguments import infer_arguments
+from dfn_fast.network.reference import ReferenceDFN
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = {"backbone": "resnet18", "channels": 8, "border_channels": 5}
@@ -97,7 +99,7 @@ def test_what_could_not_be_read_back_is_not_written(tmp_path, value):
 
 DISK_FULL = """
 import resource, sys, torch
-from dfn_fast.checkpoint import save_atomic
+from dfn_fast.checkpoint.archive import save_atomic
 from dfn_fast.errors import CheckpointError
 save_atomic({"iteration": 1}, sys.argv[1])
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
@@ -396,7 +398,7 @@ def test_configuration_is_inferred_from_names_and_shapes(backbone, stem):
     with torch.device("meta"):
         for off in (None, *ablations):
             config = {"num_classes": 13, **settings, **{name: name != off for name in ablations}}
-            inferred = infer_model_config(ReferenceDFN(**config).state_dict())
+            inferred = infer_arguments(ReferenceDFN(**config).state_dict())
             if off == "border":
                 config["border_channels"] = 21  # nothing in the file tells, and nothing depends on it
             assert inferred == config
@@ -415,7 +417,7 @@ def test_a_configuration_that_cannot_be_inferred_is_an_error(change, text):
     with torch.device("meta"):
         state = ReferenceDFN(4, **SMALL).state_dict()
     with pytest.raises(CheckpointError, match=rf"my file: .*{text}"):
-        infer_model_config(change(state), "my file")
+        infer_arguments(change(state), "my file")
 
 
 # Hostile content

@@ -7,7 +7,7 @@ import pytest
 
 from dfn_fast.config import RECIPES, TrainConfig, load_config, recipe
 from dfn_fast.errors import ConfigError
-from dfn_fast.options import new_config, overrides, parser, resumed_config
+from dfn_fast.train.options import new_config, overrides, parser, resumed_config
 
 
 def parse(*words):

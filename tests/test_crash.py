@@ -13,10 +13,12 @@ import pytest
 import torch
 from runs import SMALL_RUN, differences, small_runs, timeless_metrics
 
-from dfn_fast import cli, run_report, train
-from dfn_fast.checkpoint import read_file
-from dfn_fast.run_folder import RunFolder, default_folder
-from dfn_fast.training import Trainer
+from dfn_fast import cli
+from dfn_fast.checkpoint.archive import read_file
+from dfn_fast.train import __main__ as train
+from dfn_fast.train import report as run_report
+from dfn_fast.train.folder import RunFolder, default_folder
+from dfn_fast.trainer.trainer import Trainer
 
 TESTS = Path(__file__).resolve().parent
 
@@ -110,7 +112,7 @@ def test_two_damaged_checkpoints_are_both_named(small, capsys):
 def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(small, straight, monkeypatch, tmp_path):
     folder = tmp_path / "runs" / "synthetic"
     with monkeypatch.context() as patch:
-        patch.setattr("dfn_fast.run.Run.train", lambda self: sys.exit(9))
+        patch.setattr("dfn_fast.train.run.Run.train", lambda self: sys.exit(9))
         small(folder, "--epochs", "2", code=9)
     assert os.listdir(folder) == ["config.json"]
     monkeypatch.chdir(tmp_path)

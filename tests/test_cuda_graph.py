@@ -2,10 +2,11 @@ import pytest
 import torch
 
 from dfn_fast.config import TrainConfig
-from dfn_fast.cuda_graph import WARM_UP, GraphedStep
 from dfn_fast.data.loader import Batch
 from dfn_fast.errors import ConfigError
-from dfn_fast.training import Trainer, build_model
+from dfn_fast.runtime.cuda_graph import WARM_UP, GraphedStep
+from dfn_fast.trainer.build import build_model
+from dfn_fast.trainer.trainer import Trainer
 
 SETTINGS = {"backbone": "resnet18", "channels": 8, "border_channels": 4, "compile": False}
 

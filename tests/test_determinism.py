@@ -7,11 +7,13 @@ import pytest
 import torch
 from runs import SMALL_RUN, differences, small_runs, timeless_metrics
 
-from dfn_fast import evaluate, train
-from dfn_fast.checkpoint import read_file
-from dfn_fast.execution import choose_algorithms, inductor_options
-from dfn_fast.metrics import ConfusionMatrix
-from dfn_fast.run_folder import RunFolder
+from dfn_fast.checkpoint.archive import read_file
+from dfn_fast.evaluate import __main__ as evaluate
+from dfn_fast.evaluate import evaluation
+from dfn_fast.evaluate.metrics import ConfusionMatrix
+from dfn_fast.runtime.device import choose_algorithms, inductor_options
+from dfn_fast.train import __main__ as train
+from dfn_fast.train.folder import RunFolder
 
 on_a_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 DEVICES = ["cpu", pytest.param("cuda", marks=on_a_gpu)]
@@ -51,7 +53,7 @@ def evaluated(run, device, number, monkeypatch):
             matrices.append(self)
 
     file = run.path / f"report-{number}.json"
-    monkeypatch.setattr(evaluate, "ConfusionMatrix", Watched)
+    monkeypatch.setattr(evaluation, "ConfusionMatrix", Watched)
     options = ["--scales", "0.75", "1", "--flip", "--border", "--deterministic", "--device", device]
     with small_runs():
         evaluate.main([str(run.best), *options, "--json", str(file)])

@@ -19,34 +19,28 @@ import torch.multiprocessing
 from runs import write_blobs
 from steps import CLASSES, tiny_batch, tiny_trainer
 
-import dfn_fast.evaluate
-import dfn_fast.train
-from dfn_fast.checkpoint import read_file
+import dfn_fast.evaluate.__main__
+import dfn_fast.train.__main__
+from dfn_fast.checkpoint.archive import read_file
 from dfn_fast.config import TrainConfig
 from dfn_fast.data.loader import Batch, TrainLoader
 from dfn_fast.data.registry import build_dataset
 from dfn_fast.data.transforms import TrainTransform
-from dfn_fast.distributed import (
-    ALONE,
-    Agent,
-    SyncBatchNorm,
-    World,
-    processes,
-    unused_parameters,
-    valid_shares,
-)
 from dfn_fast.errors import ConfigError, UserError
-from dfn_fast.inference import Predictor
-from dfn_fast.interrupt import StopRequest
-from dfn_fast.loss_watch import LossWatch, NonFiniteLoss
-from dfn_fast.losses import SigmoidFocalLoss
-from dfn_fast.memory import set_memory
-from dfn_fast.model import FastDFN
-from dfn_fast.reference import ReferenceDFN
-from dfn_fast.run import Run
-from dfn_fast.run_folder import RunFolder
-from dfn_fast.train import main
-from dfn_fast.training import require_possible
+from dfn_fast.inference.predictor import Predictor
+from dfn_fast.network.fast import FastDFN
+from dfn_fast.network.losses import SigmoidFocalLoss
+from dfn_fast.network.recompute import set_recompute
+from dfn_fast.network.reference import ReferenceDFN
+from dfn_fast.runtime.processes import ALONE, Agent, World, processes
+from dfn_fast.runtime.signals import StopRequest
+from dfn_fast.train.__main__ import main
+from dfn_fast.train.folder import RunFolder
+from dfn_fast.train.loss_watch import LossWatch
+from dfn_fast.train.run import Run
+from dfn_fast.trainer.build import require_possible
+from dfn_fast.trainer.finite import NonFiniteLoss
+from dfn_fast.trainer.parallel import SyncBatchNorm, unused_parameters, valid_shares
 
 PAIR = [World(rank, 2, rank) for rank in range(2)]
 TINY = "camvid --data folder --root photos --backbone resnet18 --channels 8 --border-channels 4 --crop 64"
@@ -95,7 +89,7 @@ def trainer_of(world: World, **settings):
     parts = {"aux_criterion": focal}
     trainer = tiny_trainer(network=network, parts=parts, world=world, amp="off", lr=0.0005, **settings)
     if trainer.config.memory != "off":
-        set_memory(trainer.model, trainer.config.memory)
+        set_recompute(trainer.model, trainer.config.memory)
     return trainer
 
 
@@ -147,7 +141,7 @@ def in_pair(rank: int, ports: list[int], folder: Path) -> None:
         os.environ["MASTER_PORT"] = str(ports.pop())
 
     port()
-    dfn_fast.train.draw = no_pictures
+    dfn_fast.train.__main__.draw = no_pictures
     writes = RunFolder.log, []
     RunFolder.log = lambda self, record: (writes[1].append(record), writes[0](self, record))
     assert main([*TINY.split(), "--output-dir", "two"]) == 0
@@ -162,7 +156,7 @@ def in_pair(rank: int, ports: list[int], folder: Path) -> None:
     StopRequest.requested = requested
     port()
     call, Predictor.__call__ = Predictor.__call__, noisy
-    assert dfn_fast.evaluate.main([*EVALUATION, "two.json"]) == 0
+    assert dfn_fast.evaluate.__main__.main([*EVALUATION, "two.json"]) == 0
     Predictor.__call__ = call
     port()
     with processes() as world:
@@ -200,7 +194,7 @@ def nan_error(world: World) -> str:
 
 def refusal(world: World) -> str:
     def decide():
-        assert world.first
+        assert world.is_first
         raise ConfigError("refused by the first")
 
     with pytest.raises(ConfigError) as caught:
@@ -243,7 +237,7 @@ def resumed(world: World) -> dict:
     whole = trainer.network()  # what validation takes: on every process
     assert type(whole) is FastDFN
     state = trainer.state()
-    assert world.first or not state["model"]
+    assert world.is_first or not state["model"]
     same = all(torch.equal(tensor, whole.state_dict()[name]) for name, tensor in state["model"].items())
     return {"losses": losses, "model": state["model"], "optimizer": state["optimizer"], "same": same}
 
@@ -261,7 +255,7 @@ def pair(tmp_path_factory):
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr("dfn_fast.train.draw", no_pictures)
+        patch.setattr("dfn_fast.train.__main__.draw", no_pictures)
         main([*TINY.split(), "--output-dir", "one"])
     while not context.join(timeout=10):
         pass
@@ -338,7 +332,7 @@ def test_sharded_evaluation_equals_unsharded(pair, monkeypatch):
     folder, _ = pair
     monkeypatch.chdir(folder)
     monkeypatch.setattr(Predictor, "__call__", noisy)
-    dfn_fast.evaluate.main([*EVALUATION, "one.json"])
+    dfn_fast.evaluate.__main__.main([*EVALUATION, "one.json"])
     one, two = (json.loads(Path(name).read_text()) for name in ("one.json", "two.json"))
     for report in (one, two):
         del report["seconds"], report["images_per_second"]
@@ -448,7 +442,7 @@ def test_shards_of_an_epoch_cover_its_batches_once(size):
 
     whole, parts = keys(slice(None)), [keys(world.share(6)) for world in worlds]
     assert [list(chain(*batch)) for batch in zip(*parts, strict=True)] == whole
-    images = [number for world in worlds for number in dfn_fast.evaluate.images_of(world, 10)]
+    images = [number for world in worlds for number in dfn_fast.evaluate.evaluation.images_of(world, 10)]
     assert sorted(images) == list(range(10))
 
 

@@ -8,15 +8,16 @@ import pytest
 import torch
 
 from dfn_fast import cli
-from dfn_fast.border import border_targets
-from dfn_fast.checkpoint import save_atomic
+from dfn_fast.checkpoint.archive import save_atomic
 from dfn_fast.data.base import Pair, Sample, SegmentationDataset
-from dfn_fast.data.files import write_image, write_label
+from dfn_fast.data.border import border_targets
 from dfn_fast.errors import ConfigError, DataError
-from dfn_fast.evaluate import evaluate, main
-from dfn_fast.inference import Predictor
-from dfn_fast.metrics import BorderScore, BoundaryFScore, ConfusionMatrix
-from dfn_fast.reference import ReferenceDFN
+from dfn_fast.evaluate.__main__ import main
+from dfn_fast.evaluate.evaluation import evaluate
+from dfn_fast.evaluate.metrics import BorderScore, BoundaryFScore, ConfusionMatrix
+from dfn_fast.inference.predictor import Predictor
+from dfn_fast.media.images import write_image, write_label
+from dfn_fast.network.reference import ReferenceDFN
 
 CLASSES = ["ground", "thing", "other"]
 PALETTE = [[0, 0, 0], [200, 0, 0], [0, 0, 200]]

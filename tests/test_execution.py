@@ -5,9 +5,9 @@ import warnings
 import pytest
 import torch
 
-from dfn_fast import execution
 from dfn_fast.errors import ConfigError
-from dfn_fast.execution import choose_amp
+from dfn_fast.runtime import device as execution
+from dfn_fast.runtime.device import choose_amp
 
 CPU = torch.device("cpu")
 

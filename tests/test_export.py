@@ -12,11 +12,13 @@ import torch.nn.functional as F
 from networks import random_dfn
 from torch import nn
 
-from dfn_fast import cli, export, export_formats
-from dfn_fast.data.transforms import normalize
+from dfn_fast import cli
+from dfn_fast.data.normalize import normalize
 from dfn_fast.errors import ConfigError
-from dfn_fast.export import main
-from dfn_fast.model import FastDFN
+from dfn_fast.export import __main__ as export
+from dfn_fast.export import formats as export_formats
+from dfn_fast.export.__main__ import main
+from dfn_fast.network.fast import FastDFN
 
 CLASSES = ["a", 'b "quoted"', "é\\"]
 PALETTE = np.arange(9, dtype=np.uint8).reshape(3, 3)
@@ -194,7 +196,7 @@ def test_a_file_that_differs_exits_with_1_and_stays(tiny, here, monkeypatch, cap
 
 @pytest.mark.parametrize("result", [torch.zeros(1, 3, 64, 65), torch.full((1, 3, 64, 64), torch.nan)])
 def test_another_shape_or_nan_fails_the_check(tiny, here, monkeypatch, result):
-    monkeypatch.setattr(export, "read", lambda path, file_format: lambda image: result)
+    monkeypatch.setattr("dfn_fast.export.check.read", lambda path, file_format: lambda image: result)
     assert main(["-", "dfn.pt2", "--size", "64", "--device", "cpu"]) == 1
 
 

@@ -13,14 +13,14 @@ from networks import VARIANT_NAMES, VARIANTS, batch, random_dfn
 from torch import nn
 
 from dfn_fast import FastDFN, ReferenceDFN
-from dfn_fast.border import border_targets
 from dfn_fast.config import recipe
+from dfn_fast.data.border import border_targets
 from dfn_fast.data.loader import Batch
+from dfn_fast.data.normalize import normalize
 from dfn_fast.data.registry import build_dataset
-from dfn_fast.data.transforms import normalize
-from dfn_fast.fused import Convolution, FusedDFN
-from dfn_fast.reference import resize
-from dfn_fast.training import Trainer
+from dfn_fast.network.blocks import resize
+from dfn_fast.network.fused import Convolution, FusedDFN
+from dfn_fast.trainer.trainer import Trainer
 
 STEPS = 60
 
@@ -41,7 +41,7 @@ def border_of(fused: FusedDFN, data: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def test_is_the_network_in_float64(settings, size, plain, algorithm):
     model, data = random_dfn(**settings).eval(), batch(size)[0]
-    fused = model.fuse(return_border=model.has_border, plain=plain)
+    fused = FusedDFN(model, return_border=model.has_border, plain=plain)
     torch.testing.assert_close(fused(data), model(data), rtol=1e-10, atol=1e-10)
     if model.has_border:
         torch.testing.assert_close(border_of(fused, data), model.scores(data).border[-1], rtol=1e-10, atol=1e-10)
@@ -53,7 +53,7 @@ def test_is_the_network_in_float64(settings, size, plain, algorithm):
 def test_float32_is_within_1e_4_of_the_range(settings, size, plain, algorithm):
     model, data = random_dfn(**settings).eval(), batch(size)[0]
     expected = model(data)
-    ours = model.fuse(dtype=torch.float32, plain=plain)(data)
+    ours = FusedDFN(model, dtype=torch.float32, plain=plain)(data)
     assert ours.dtype == torch.float32
     assert (ours - expected).abs().max() < 1e-4 * (expected.max() - expected.min())
 
@@ -62,7 +62,7 @@ def test_float32_is_within_1e_4_of_the_range(settings, size, plain, algorithm):
 def test_oneDNN_and_winograd_are_reached():  # noqa: N802
     """On a CPU in float32: each convolution keeps its weight as one of the two wants it, and uses it again."""
     model = ReferenceDFN(3, backbone="resnet18", channels=256, border=False).eval()
-    fused, data = model.fuse(), torch.randn(1, 3, 128, 128)
+    fused, data = FusedDFN(model), torch.randn(1, 3, 128, 128)
     fused(data)
     kept = [m.packed for m in fused.modules() if isinstance(m, Convolution)]
     assert any(packed.winograd for packed in kept)
@@ -78,18 +78,18 @@ def test_the_model_stays_untouched_and_independent():
     model, data = random_dfn().train(), batch((40, 48))[0]
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with torch.no_grad():
-        fused = model.fuse()
+        fused = FusedDFN(model)
         first = fused(data)
         assert model.training
         assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
         for parameter in model.parameters():
             parameter.add_(1)
         assert torch.equal(fused(data), first)
-        assert not torch.allclose(model.fuse()(data), first)
+        assert not torch.allclose(FusedDFN(model)(data), first)
 
 
 def test_has_no_parameters_and_stays_in_eval_mode():
-    fused = random_dfn().fuse().train()
+    fused = FusedDFN(random_dfn()).train()
     assert not list(fused.parameters())
     assert not any(module.training for module in fused.modules())
 
@@ -100,7 +100,7 @@ def test_has_no_parameters_and_stays_in_eval_mode():
 @torch.no_grad()
 def test_copies(clone):
     model, data = ReferenceDFN(3, backbone="resnet18", channels=16).eval(), torch.randn(1, 3, 40, 48)
-    fused = model.fuse()
+    fused = FusedDFN(model)
     expected = fused(data)
     torch.testing.assert_close(clone(fused)(data), expected, rtol=1e-6, atol=1e-6)
 
@@ -109,11 +109,11 @@ def test_copies(clone):
 def test_another_dtype_takes_other_packed_weights():
     """What was kept for float32 must not serve bfloat16."""
     model, data = ReferenceDFN(3, backbone="resnet18", channels=16).eval(), torch.randn(1, 3, 40, 48)
-    fused = model.fuse()
+    fused = FusedDFN(model)
     fused(data)
     fused.cast(torch.bfloat16)
     assert fused.dtype == torch.bfloat16
-    expected = model.fuse(dtype=torch.bfloat16)(data)
+    expected = FusedDFN(model, dtype=torch.bfloat16)(data)
     torch.testing.assert_close(fused(data), expected, rtol=0.1, atol=0.1)
 
 
@@ -122,7 +122,7 @@ def test_norms_that_cannot_be_folded_stay():
     model = ReferenceDFN(5, backbone="resnet18", channels=16, norm_layer=lambda c: nn.GroupNorm(1, c)).double().eval()
     data = batch((40, 48))[0]
     for plain in (False, True):
-        torch.testing.assert_close(model.fuse(plain=plain)(data), model(data), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(FusedDFN(model, plain=plain)(data), model(data), rtol=1e-10, atol=1e-10)
 
 
 @torch.no_grad()
@@ -130,7 +130,7 @@ def test_sync_batch_norm_folds():
     model = nn.SyncBatchNorm.convert_sync_batchnorm(random_dfn()).eval()
     data = batch((40, 48))[0]
     plain = random_dfn().eval()
-    torch.testing.assert_close(model.fuse()(data), plain(data), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(FusedDFN(model)(data), plain(data), rtol=1e-10, atol=1e-10)
 
 
 def test_runs_one_head_and_less_arithmetic():
@@ -140,7 +140,7 @@ def test_runs_one_head_and_less_arithmetic():
     data = torch.randn(1, 3, 64, 64)
     counts = []
     with torch.no_grad():
-        for network in (model.fuse(plain=True), ReferenceDFN(21, backbone="resnet101").eval()):
+        for network in (FusedDFN(model, plain=True), ReferenceDFN(21, backbone="resnet101").eval()):
             with FlopCounterMode(display=False) as counter:
                 network(data)
             counts.append(counter.get_total_flops())
@@ -150,8 +150,8 @@ def test_runs_one_head_and_less_arithmetic():
 def test_errors_say_what_is_missing():
     model = random_dfn(border=False)
     with pytest.raises(ValueError, match="border=False"):
-        model.fuse(return_border=True)
-    fused, data = model.fuse(), batch((40, 48))[0]
+        FusedDFN(model, return_border=True)
+    fused, data = FusedDFN(model), batch((40, 48))[0]
     with pytest.raises(ValueError, match="return_border=True"):
         fused.border_scores(fused.stages(data))
     with pytest.raises(ValueError, match=r"at least 32, got \[1, 3, 31, 40\]"):
@@ -164,7 +164,7 @@ def test_bf16_keeps_more_labels_than_autocast_does():
     config = dataclasses.replace(recipe("synthetic"), amp="off", batch_size=8, compile=False)
     train, val = (build_dataset("synthetic", None, split) for split in ("train", "val"))
     torch.manual_seed(0)
-    trainer = Trainer(FastDFN(8, **config.model_settings()), config, STEPS, torch.device("cpu"))
+    trainer = Trainer(FastDFN(8, **config.network_arguments()), config, STEPS, torch.device("cpu"))
     for step in range(STEPS):
         samples = [train[8 * step + i] for i in range(8)]
         images = torch.from_numpy(np.stack([s.image[:64, :64] for s in samples])).permute(0, 3, 1, 2)
@@ -177,7 +177,7 @@ def test_bf16_keeps_more_labels_than_autocast_does():
         exact = model(data).argmax(1)
         with torch.autocast("cpu", torch.bfloat16):
             theirs = (model(data).argmax(1) != exact).float().mean().item()
-        ours = (model.fuse(dtype=torch.bfloat16)(data).argmax(1) != exact).float().mean().item()
+        ours = (FusedDFN(model, dtype=torch.bfloat16)(data).argmax(1) != exact).float().mean().item()
     assert len(exact.unique()) > 3
     assert 0 < ours <= theirs < 0.01
 
@@ -191,7 +191,7 @@ def test_on_a_gpu(dtype):
     model = random_dfn().eval()
     data = batch((64, 96))[0]
     expected = model(data)
-    fused = model.float().cuda().fuse(dtype=dtype)
+    fused = FusedDFN(model.float().cuda(), dtype=dtype)
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         for _ in range(3):
             junk = [torch.full((2**22,), float("nan"), device="cuda") for _ in range(8)]

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from dfn_fast.cuda_graph import WARM_UP
 from dfn_fast.errors import ConfigError
-from dfn_fast.graph_cache import CudaGraphs, GraphCache, bucketed, pad_to
+from dfn_fast.inference.padding import bucketed, pad_corner
+from dfn_fast.runtime.cuda_graph import WARM_UP
+from dfn_fast.runtime.graph_cache import CudaGraphs, GraphCache
 
 PLENTY = 2**40
 SIZES = [(1, 1, 1), (1, 5, 7), (1, 7, 5), (2, 8, 8), (1, 16, 3), (3, 4, 4)]  # two of 35 pixels; [B, H, W]
@@ -378,16 +379,16 @@ def test_sizes_round_up_to_their_bucket():
 
 def test_padding_is_the_mean_colour_below_and_to_the_right():
     images = random_images((2, 3, 5), 0)
-    padded = pad_to(images, (4, 8))
+    padded = pad_corner(images, (4, 8))
     assert padded.shape == (2, 4, 8, 3)
     assert padded.dtype == torch.uint8
     assert torch.equal(padded[:, :3, :5], images)
     assert (padded[:, 3:] == torch.tensor([124, 116, 104], dtype=torch.uint8)).all()
-    assert (pad_to(images, (4, 8), (1, 2, 3))[:, :, 5:] == torch.tensor([1, 2, 3], dtype=torch.uint8)).all()
-    assert pad_to(images, (3, 5)) is images
+    assert (pad_corner(images, (4, 8), (1, 2, 3))[:, :, 5:] == torch.tensor([1, 2, 3], dtype=torch.uint8)).all()
+    assert pad_corner(images, (3, 5)) is images
     for size in ((2, 5), (3, 4)):
         with pytest.raises(ValueError, match=f"images of 3x5 cannot be padded to {size[0]}x{size[1]}"):
-            pad_to(images, size)
+            pad_corner(images, size)
 
 
 def needs_cuda(test):

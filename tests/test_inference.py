@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from dfn_fast import inference
 from dfn_fast.errors import ConfigError, UserError
-from dfn_fast.fused import FusedDFN
-from dfn_fast.inference import Predictor
-from dfn_fast.reference import ReferenceDFN
+from dfn_fast.inference import predictor as inference
+from dfn_fast.inference.predictor import Predictor
+from dfn_fast.network.fused import FusedDFN
+from dfn_fast.network.reference import ReferenceDFN
 
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 K = 3
@@ -246,13 +246,13 @@ def test_refresh_takes_new_weights(picture):
 
 def test_a_fused_network_is_taken_as_it_is(model, picture):
     image = picture(40, 50)
-    predictor = Predictor(model.fuse(return_border=True), flip=True)
+    predictor = Predictor(FusedDFN(model, return_border=True), flip=True)
     torch.testing.assert_close(
         predictor.probabilities(image), Predictor(model, flip=True).probabilities(image), rtol=0, atol=1e-6
     )
     np.testing.assert_allclose(predictor.border(image), Predictor(model).border(image), rtol=0, atol=1e-6)
     with pytest.raises(ConfigError, match="Border Network"):
-        Predictor(model.fuse()).border(image)
+        Predictor(FusedDFN(model)).border(image)
 
 
 @pytest.mark.parametrize("supported", [True, False])

@@ -6,7 +6,7 @@ import textwrap
 
 import pytest
 
-from dfn_fast.interrupt import Stopped, StopRequest
+from dfn_fast.runtime.signals import Stopped, StopRequest
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -25,7 +25,7 @@ def test_the_first_signal_is_a_request(number, code):
 def test_the_second_signal_leaves_at_once():
     program = """
         import os, signal
-        from dfn_fast.interrupt import StopRequest
+        from dfn_fast.runtime.signals import StopRequest
         with StopRequest():
             os.kill(os.getpid(), signal.SIGINT)
             print("still here", flush=True)

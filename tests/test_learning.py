@@ -8,7 +8,7 @@ import torch
 from benchmarks import learning, plots, report
 from dfn_fast.config import TrainConfig
 from dfn_fast.errors import UserError
-from dfn_fast.run_folder import RunFolder
+from dfn_fast.train.folder import RunFolder
 
 
 def finished(folder: RunFolder) -> None:

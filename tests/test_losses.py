@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dfn_fast.losses import (
+from dfn_fast.network.losses import (
     CrossEntropyLoss,
     SigmoidFocalLoss,
     cross_entropy,

@@ -5,7 +5,7 @@ import pytest
 import torch
 from steps import tiny_batch, tiny_trainer
 
-from dfn_fast.memory import set_memory
+from dfn_fast.network.recompute import set_recompute
 
 sys.path.insert(0, str(Path(__file__).parent / "kernels"))
 from allocations import Allocations
@@ -13,7 +13,7 @@ from allocations import Allocations
 
 def one_pass(mode, device="cpu", compiled=None, **settings):
     trainer = tiny_trainer(device, blocks=2, **settings)
-    set_memory(trainer.model, mode)
+    set_recompute(trainer.model, mode)
     loss_fn = trainer.loss if compiled is None else compiled(trainer.loss)
     trainer.model.train()
     images, labels, borders, _ = tiny_batch()
@@ -52,7 +52,7 @@ def test_it_is_one_graph_when_compiled(mode):
 def kept_bytes(mode):
     """Most that lives at once in the forward pass, which ends with all that is kept for the backward pass."""
     trainer, batch = tiny_trainer(blocks=4), tiny_batch((96, 96))
-    set_memory(trainer.model, mode)
+    set_recompute(trainer.model, mode)
     trainer.model.train()
     return Allocations(lambda: trainer.loss(*batch[:3])).peak
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dfn_fast.metrics import BorderScore, BoundaryFScore, ConfusionMatrix
+from dfn_fast.evaluate.metrics import BorderScore, BoundaryFScore, ConfusionMatrix
 
 
 def iou_by_loops(labels, predictions, num_classes):

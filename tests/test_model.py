@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from dfn_fast import FastDFN, ReferenceDFN, Savings, savings
-from dfn_fast.losses import CrossEntropyLoss, SigmoidFocalLoss
+from dfn_fast import FastDFN, ReferenceDFN, Savings
+from dfn_fast.network import savings
+from dfn_fast.network.losses import CrossEntropyLoss, SigmoidFocalLoss
 
 NONE = Savings.none()
 ALONE = {
@@ -351,9 +352,10 @@ def test_fifty_steps_on_camvid_are_those_of_the_reference(camvid_root, dtype, lr
     From scratch and at the recipe's learning rate rounding grows tenfold a step: the reference in float32 is 9 % from
     itself after six steps if its weights start one bit off. So float32 takes small steps, float64 the recipe's.
     """
-    from dfn_fast.data.camvid import CamVidDataset
+    from dfn_fast.data.datasets.camvid import CamVidDataset
     from dfn_fast.data.loader import TrainLoader
-    from dfn_fast.data.transforms import TrainTransform, normalize
+    from dfn_fast.data.normalize import normalize
+    from dfn_fast.data.transforms import TrainTransform
 
     transform = TrainTransform((64, 64), (0.5, 0.75, 1.0), True, 5)
     loader = TrainLoader(CamVidDataset(camvid_root, "train"), transform, batch_size=batch_size, seed=0, workers=0)

@@ -8,7 +8,7 @@ from itertools import count
 import pytest
 
 from dfn_fast.errors import UserError
-from dfn_fast.pipeline import NoMoreImages, Pipeline
+from dfn_fast.predict.pipeline import NoMoreImages, Pipeline
 
 SECONDS = 20  # after which a stage that should have been reached fails its test
 

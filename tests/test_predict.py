@@ -11,18 +11,19 @@ import pytest
 import torch
 from PIL import Image
 
-from dfn_fast import cli, predict
-from dfn_fast.checkpoint import save_atomic
-from dfn_fast.data.cityscapes import CityscapesDataset
-from dfn_fast.data.files import read_image, read_label, write_image
-from dfn_fast.data.voc import VocDataset
+from dfn_fast import cli
+from dfn_fast.checkpoint.archive import save_atomic
+from dfn_fast.data.datasets.cityscapes import CityscapesDataset
+from dfn_fast.data.datasets.voc import VocDataset
 from dfn_fast.errors import CheckpointError, ConfigError, DataError, UserError
-from dfn_fast.inference import Predictor
-from dfn_fast.predict import main
-from dfn_fast.predict_jobs import live_name
-from dfn_fast.reference import ReferenceDFN
-from dfn_fast.video import VideoReader
-from dfn_fast.visualize import overlay
+from dfn_fast.inference.predictor import Predictor
+from dfn_fast.media.images import read_image, read_label, write_image
+from dfn_fast.media.overlays import overlay
+from dfn_fast.media.video import VideoReader
+from dfn_fast.network.reference import ReferenceDFN
+from dfn_fast.predict import prediction
+from dfn_fast.predict.__main__ import main
+from dfn_fast.predict.jobs import live_name
 
 CLASSES = ["ground", "thing", "other"]
 PALETTE = np.array([[9, 9, 9], [200, 0, 0], [0, 0, 200]], np.uint8)
@@ -209,7 +210,7 @@ def test_full_disk_stops_with_a_message(checkpoint, monkeypatch):
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(predict, "write_label", full)
+    monkeypatch.setattr(prediction, "write_label", full)
     with pytest.raises(UserError, match=r"--output-dir out: .*No space left"):
         run(checkpoint, "a.png", "--output-dir", "out")
 
@@ -345,7 +346,7 @@ def write_video(path, count, height=40, width=52, code="MJPG"):
 @contextlib.contextmanager
 def segmenting(stop_after=None):
     """Within it segmenting is interrupted at the image after ``stop_after``. Yields the sizes of the batches run."""
-    plain, batches = predict.segment, []
+    plain, batches = prediction.segment, []
 
     def segment(predictor, images):
         if stop_after is not None and sum(batches) + len(images) > stop_after:
@@ -355,7 +356,7 @@ def segmenting(stop_after=None):
         return plain(predictor, images)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(predict, "segment", segment)
+        patch.setattr(prediction, "segment", segment)
         yield batches
 
 
@@ -529,7 +530,7 @@ class Camera:
 def test_a_camera_is_recorded_until_ctrl_c_or_the_limit(checkpoint, capsys):
     arguments = (checkpoint, "camera:0", "--frames", "--output-dir")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dfn_fast.video.open_capture", lambda source: Camera())
+        patch.setattr("dfn_fast.media.video.open_capture", lambda source: Camera())
         assert run(*arguments, "limited", "--limit", 4) == 0
         with segmenting(stop_after=4):
             assert run(*arguments, "stopped") == 0
@@ -575,7 +576,7 @@ def test_a_disk_that_is_full_at_the_end_of_a_video_is_named(checkpoint, monkeypa
     def full(self, path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("dfn_fast.video.VideoWriter.finish", full)
+    monkeypatch.setattr("dfn_fast.media.video.VideoWriter.finish", full)
     with pytest.raises(UserError, match=r"--output-dir out: .*No space left.*--skip-existing"):
         run(checkpoint, "trip.avi", "--output-dir", "out")
     assert files("out") == ["legend.png"]

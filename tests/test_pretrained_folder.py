@@ -1,6 +1,5 @@
 """``save_pretrained`` and ``from_pretrained``: what goes in comes out, and what does not belong together is refused."""
 
-import inspect
 import json
 
 import pytest
@@ -9,11 +8,11 @@ import torch
 from networks import SMALL, random_dfn
 from torch import nn
 
-from dfn_fast import pretrained_folder
+from dfn_fast.checkpoint import folder as pretrained_folder
 from dfn_fast.errors import CheckpointError, ConfigError
-from dfn_fast.loading import load_model
-from dfn_fast.model import FastDFN
-from dfn_fast.reference import ReferenceDFN
+from dfn_fast.inference.loading import load_model
+from dfn_fast.network.fast import FastDFN
+from dfn_fast.network.reference import ReferenceDFN
 
 CLASSES = ["a", "b", "c", "d", "é"]
 PALETTE = torch.arange(15, dtype=torch.uint8).view(5, 3).numpy()
@@ -87,11 +86,6 @@ def test_the_files_hold_contiguous_tensors_of_published_names_and_shapes(model, 
     assert config["model_config"].items() >= SMALL.items()
 
 
-def test_every_argument_of_the_network_is_a_known_key():
-    arguments = [name for name in inspect.signature(ReferenceDFN.__init__).parameters if name != "self"]
-    assert list(pretrained_folder.CONSTRUCTOR) == arguments
-
-
 def test_load_model_takes_the_folder(model, folder):
     loaded = load_model(folder)
     assert_same_weights(loaded.model, model.state_dict())
@@ -156,7 +150,7 @@ def test_names_and_colours_must_be_as_many_as_classes(model, tmp_path, given):
     [
         ({"format": 2}, "expected format 1, got 2"),
         ({"clases": ["a"]}, "unknown key 'clases'; did you mean classes?"),
-        ({"model_config": {"num_classes": 5, "chanels": 16}}, "model_config: unknown key 'chanels'; did you mean"),
+        ({"model_config": {"num_classes": 5, "chanels": 16}}, "unknown argument 'chanels'; did you mean channels?"),
         ({"model_config": {"channels": 16}}, "no 'num_classes'"),
         ({"model_config": {"num_classes": 5, "backbone": "vgg16"}}, "builds no network .*vgg16"),
         ({"model_config": {"num_classes": 4, **SMALL}}, "does not fit the model|names and colours of 4|classes of 4"),

@@ -7,7 +7,7 @@ import torch
 from steps import tiny_batch, tiny_trainer
 from torch.autograd import DeviceType
 
-from dfn_fast.profiling import StepProfiler, kind_of, report
+from dfn_fast.runtime.profiling import StepProfiler, kind_of, report
 
 
 def profiled(trainer, folder, steps=8, regions=True, epoch=8):

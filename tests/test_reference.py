@@ -11,7 +11,7 @@ from networks import ABLATIONS, SMALL, VARIANT_NAMES, VARIANTS, batch, random_df
 from torch import nn
 from transcription import Transcription
 
-from dfn_fast.reference import ReferenceDFN
+from dfn_fast.network.reference import ReferenceDFN
 
 # Names, shapes, counts
 

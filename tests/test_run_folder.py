@@ -2,10 +2,10 @@ import os
 
 import pytest
 
-from dfn_fast.atomic import replacing, write_text
 from dfn_fast.config import recipe
 from dfn_fast.errors import ConfigError
-from dfn_fast.run_folder import RunFolder, default_folder
+from dfn_fast.files import replacing, write_text
+from dfn_fast.train.folder import RunFolder, default_folder
 
 
 def test_a_folder_that_holds_a_run_is_not_reused(tmp_path):

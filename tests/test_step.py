@@ -10,15 +10,17 @@ from layout_changes import layout_changes
 from steps import COUNT, tiny_batch, tiny_trainer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dfn_fast.checkpoint import read_file
-from dfn_fast.execution import choose_compile, inductor_options
-from dfn_fast.interrupt import StopRequest
-from dfn_fast.loss_watch import MAX_SKIPPED, LossWatch, NonFiniteLoss
-from dfn_fast.run import Run
-from dfn_fast.run_folder import RunFolder
-from dfn_fast.run_state import Position
-from dfn_fast.train import main
-from dfn_fast.training import Trainer, TrainingLoss, compile_loss
+from dfn_fast.checkpoint.archive import read_file
+from dfn_fast.runtime.device import choose_compile, inductor_options
+from dfn_fast.runtime.signals import StopRequest
+from dfn_fast.train.__main__ import main
+from dfn_fast.train.folder import RunFolder
+from dfn_fast.train.loss_watch import MAX_SKIPPED, LossWatch
+from dfn_fast.train.position import Position
+from dfn_fast.train.run import Run
+from dfn_fast.trainer.build import TrainingLoss, compile_loss
+from dfn_fast.trainer.finite import NonFiniteLoss
+from dfn_fast.trainer.trainer import Trainer
 
 SYNTHETIC = "--channels 8 --no-border --no-deep-supervision --crop 32 --batch-size 3 --workers 0 --device cpu"
 
@@ -41,7 +43,7 @@ OWN_ORDER = (
 @pytest.fixture
 def few_scenes(monkeypatch):
     """Synthetic data of twelve training and two validation images."""
-    monkeypatch.setattr("dfn_fast.data.synthetic.LENGTHS", {"train": 12, "val": 2})
+    monkeypatch.setattr("dfn_fast.data.datasets.synthetic.LENGTHS", {"train": 12, "val": 2})
 
 
 # Layout
@@ -123,7 +125,7 @@ def test_a_run_compiles_once(tmp_path, monkeypatch, few_scenes):
     def compile_loss(loss):
         return torch.compile(loss, fullgraph=True, dynamic=False, backend=counting)
 
-    monkeypatch.setattr("dfn_fast.training.compile_loss", compile_loss)
+    monkeypatch.setattr("dfn_fast.trainer.trainer.compile_loss", compile_loss)
     words = [*SYNTHETIC.split(), "--epochs", "2", "--compile", "--profile"]
     assert main(["synthetic", *words, "--output-dir", str(tmp_path / "run")]) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
@@ -207,7 +209,7 @@ def test_losses_are_read_every_nth_iteration(tmp_path, reads, monkeypatch, few_s
 
 
 def main_config(*words):
-    from dfn_fast.options import new_config, parser
+    from dfn_fast.train.options import new_config, parser
 
     return new_config(parser().parse_args(["synthetic", *SYNTHETIC.split(), *words]))
 
@@ -408,7 +410,7 @@ def test_skipped_steps_are_in_log_metrics_summary_and_checkpoint(tmp_path, few_s
         overflowing(self, {1} if run.last.exists() else {0})
 
     monkeypatch.setattr(Trainer, "__init__", make)
-    monkeypatch.setattr("dfn_fast.train.draw", lambda *_: None)
+    monkeypatch.setattr("dfn_fast.train.__main__.draw", lambda *_: None)
     options = ["synthetic", *SYNTHETIC.split(), "--iterations", "4", "--log-every", "1"]
     main([*options, "--stop-after", "2", "--output-dir", str(run.path)])
     main(["--resume", "--output-dir", str(run.path)])

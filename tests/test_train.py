@@ -12,14 +12,15 @@ import torch
 from PIL import Image
 from runs import differences, timeless_metrics, write_blobs
 
-from dfn_fast.checkpoint import read_file
+from dfn_fast.checkpoint.archive import read_file
 from dfn_fast.data import base
 from dfn_fast.errors import CheckpointError, ConfigError, DataError
-from dfn_fast.loading import load_model
-from dfn_fast.loss_watch import NonFiniteLoss
-from dfn_fast.run_folder import RunFolder
-from dfn_fast.train import main
-from dfn_fast.training import Trainer, poly
+from dfn_fast.inference.loading import load_model
+from dfn_fast.train.__main__ import main
+from dfn_fast.train.folder import RunFolder
+from dfn_fast.trainer.build import poly
+from dfn_fast.trainer.finite import NonFiniteLoss
+from dfn_fast.trainer.trainer import Trainer
 
 TINY = "--data folder --backbone resnet18 --channels 8 --border-channels 4 --crop 64 --batch-size 3 --lr 0.001"
 TINY += " --border-width 3 --workers 0 --log-every 1 --device cpu --scales 0.75 1 --epochs 2"
@@ -122,10 +123,10 @@ def test_weights_that_are_not_finite_are_not_saved(tiny, monkeypatch):
     run = tiny("run", "--stop-after", "1")
     before = run.last.read_bytes()
     monkeypatch.setattr(
-        "dfn_fast.training.Trainer.step",
+        "dfn_fast.trainer.trainer.Trainer.step",
         lambda self, *_: self.model.backbone.bn1.weight.detach().fill_(torch.inf).sum() * 0,
     )
-    monkeypatch.setattr("dfn_fast.loss_watch.LossWatch.read", lambda self: [0.0])
+    monkeypatch.setattr("dfn_fast.train.loss_watch.LossWatch.read", lambda self: [0.0])
     with pytest.raises(NonFiniteLoss, match="weights are no longer finite"):
         tiny("run", "--resume", "--stop-after", "2")
     assert run.last.read_bytes() == before
@@ -196,7 +197,8 @@ def test_accumulated_gradients_are_the_mean(tiny):
     # With one image size and no augmentation, an epoch of the same two images repeated gives equal batches.
     from dfn_fast.config import TrainConfig
     from dfn_fast.data.loader import Batch
-    from dfn_fast.training import Trainer, build_model
+    from dfn_fast.trainer.build import build_model
+    from dfn_fast.trainer.trainer import Trainer
 
     def weights(accumulate):
         config = TrainConfig(

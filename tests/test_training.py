@@ -2,9 +2,10 @@ import pytest
 import torch
 
 from dfn_fast.config import TrainConfig
-from dfn_fast.loss_watch import LossWatch, NonFiniteLoss
-from dfn_fast.run_state import random_state, set_random_state
-from dfn_fast.training import build_model, parameter_groups, poly
+from dfn_fast.runtime.random_state import random_state, set_random_state
+from dfn_fast.train.loss_watch import LossWatch
+from dfn_fast.trainer.build import build_model, parameter_groups, poly
+from dfn_fast.trainer.finite import NonFiniteLoss
 
 
 def small(**changes):
@@ -63,7 +64,7 @@ def test_the_iteration_and_images_of_a_nan_are_named():
 
 
 def test_the_torchseg_focal_loss_is_a_choice():
-    from dfn_fast.losses import focal_loss, torchseg_focal_loss
+    from dfn_fast.network.losses import focal_loss, torchseg_focal_loss
 
     assert build_model(small(), 3).aux_criterion.formula is focal_loss
     assert build_model(small(focal="torchseg"), 3).aux_criterion.formula is torchseg_focal_loss

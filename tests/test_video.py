@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dfn_fast.errors import DataError, UserError
-from dfn_fast.video import VideoReader, VideoWriter, is_live, is_video
+from dfn_fast.media.video import VideoReader, VideoWriter, is_live, is_video
 
 RED, BLUE = (220, 30, 30), (30, 30, 220)
 
@@ -123,7 +123,7 @@ def test_a_video_that_is_not_whole_gets_no_name(tmp_path):
 
 
 def test_a_missing_encoder_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr("dfn_fast.video.ENCODER", "none")
+    monkeypatch.setattr("dfn_fast.media.video.ENCODER", "none")
     with pytest.raises(UserError, match=r"cannot encode a video of 52x40 \(none in \.mp4\).*--frames"):
         VideoWriter(tmp_path, 10, (40, 52))
     assert os.listdir(tmp_path) == []

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from dfn_fast import visualize
-from dfn_fast.data.files import read_image
-from dfn_fast.visualize import colorize, legend, overlay, plot_curves, prediction_sheet, running_mean, series
+from dfn_fast.media.images import read_image
+from dfn_fast.media.overlays import colorize, legend, overlay
+from dfn_fast.train import pictures
+from dfn_fast.train.pictures import plot_curves, prediction_sheet, running_mean, series
 
 PALETTE = np.array([[10, 20, 30], [200, 0, 0], [0, 100, 0]], np.uint8)
 CLASSES = ("_background_", "car", "$tree$")
@@ -19,8 +20,8 @@ CLASSES = ("_background_", "car", "$tree$")
 def figures(monkeypatch):
     """The figures that are drawn."""
     drawn: list[Figure] = []
-    draw = visualize.pixels
-    monkeypatch.setattr(visualize, "pixels", lambda figure: drawn.append(figure) or draw(figure))
+    draw = pictures.pixels
+    monkeypatch.setattr(pictures, "pixels", lambda figure: drawn.append(figure) or draw(figure))
     return drawn
 
 
@@ -127,5 +128,5 @@ def test_running_mean_is_cut_at_the_ends():
 
 
 def test_importing_does_not_import_matplotlib():
-    code = "import sys, dfn_fast.visualize; sys.exit('matplotlib' in sys.modules)"
+    code = "import sys, dfn_fast.media.overlays; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from dfn_fast import pretrained
-from dfn_fast.backbone import ResNet
-from dfn_fast.checkpoint import Mismatch, load_weights, read_file, save_weights, state_dict_of
+from dfn_fast.checkpoint import imagenet as pretrained
+from dfn_fast.checkpoint.archive import read_file
+from dfn_fast.checkpoint.imagenet import BACKBONE_WEIGHTS, load_backbone
+from dfn_fast.checkpoint.weights import Mismatch, load_weights, save_weights, state_dict_of
 from dfn_fast.errors import CheckpointError
-from dfn_fast.pretrained import BACKBONE_WEIGHTS, load_backbone
-from dfn_fast.reference import ReferenceDFN
+from dfn_fast.network.backbone import ResNet
+from dfn_fast.network.reference import ReferenceDFN
 
 
 class Net(nn.Module):

@@ -1,7 +1,6 @@
 """``python -m dfn_fast.data``: checks a data set, shows how each lies on disk, converts SBD's labels."""
 
 import argparse
-import json
 import os
 import sys
 import textwrap
@@ -11,12 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from dfn_fast import cli
-from dfn_fast.atomic import write_text
 from dfn_fast.data.base import IGNORE
 from dfn_fast.data.check import Report, check
+from dfn_fast.data.datasets.sbd import convert_sbd
 from dfn_fast.data.registry import DATASETS
-from dfn_fast.data.sbd import convert_sbd
 from dfn_fast.errors import ConfigError
+from dfn_fast.files import write_json
 
 PROG = "python -m dfn_fast.data"
 SHOWN = 20
@@ -74,7 +73,7 @@ def check_command(arguments: list[str]) -> int:
     print(render(report))
     if chosen.json:
         try:
-            write_text(chosen.json, json.dumps(report.as_json(), indent=2) + "\n")
+            write_json(chosen.json, report.as_json())
         except OSError as error:
             raise ConfigError(f"--json {chosen.json}: cannot be written ({error.strerror})") from error
     return 1 if report.all_problems() else 0

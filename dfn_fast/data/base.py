@@ -5,10 +5,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dfn_fast.data.files import read_image, read_label
 from dfn_fast.errors import DataError
-
-IGNORE = 255
+from dfn_fast.media.images import IGNORE as IGNORE
+from dfn_fast.media.images import read_image, read_label
 
 
 class Sample(NamedTuple):

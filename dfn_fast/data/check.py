@@ -17,10 +17,10 @@ import numpy as np
 from tqdm import tqdm
 
 from dfn_fast.data.base import IGNORE, SegmentationDataset
-from dfn_fast.data.files import IMAGE_SUFFIXES, open_image, read_label
-from dfn_fast.data.pairing import PairingError
+from dfn_fast.data.datasets.pairing import PairingError
 from dfn_fast.data.registry import build_dataset, find_entry
 from dfn_fast.errors import DataError
+from dfn_fast.media.images import IMAGE_SUFFIXES, open_image, read_label
 
 _MODES = {  # what is done to an image whose mode is not RGB
     "greyscale, read as three equal channels": ("1", "L"),

@@ -8,10 +8,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from dfn_fast.cli import nearest
-from dfn_fast.data import camvid, cityscapes, coco, folder, image_list, voc
 from dfn_fast.data.base import Sample, SegmentationDataset
-from dfn_fast.errors import ConfigError
+from dfn_fast.data.datasets import camvid, cityscapes, coco, folder, image_list, synthetic, voc
+from dfn_fast.errors import ConfigError, nearest
 
 
 def _tree(module: ModuleType) -> str:
@@ -21,9 +20,7 @@ def _tree(module: ModuleType) -> str:
 
 
 def _synthetic(split: str, *, seed: int) -> SegmentationDataset:
-    from dfn_fast.data.synthetic import SyntheticScenes
-
-    return SyntheticScenes(split, seed=seed)
+    return synthetic.SyntheticScenes(split, seed=seed)
 
 
 @dataclass(frozen=True)

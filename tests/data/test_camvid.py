@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dfn_fast.data.camvid import CamVidDataset
+from dfn_fast.data.datasets.camvid import CamVidDataset
 from dfn_fast.errors import DataError
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dfn_fast.data.cityscapes import TRAIN_ID_TO_LABEL_ID, CityscapesDataset
+from dfn_fast.data.datasets.cityscapes import TRAIN_ID_TO_LABEL_ID, CityscapesDataset
 from dfn_fast.errors import DataError
 
 # From cityscapesscripts/helpers/labels.py: the train id of each label id 0..33.

@@ -6,8 +6,8 @@ import sys
 import numpy as np
 import pytest
 
-from dfn_fast.data.coco import CocoDataset
-from dfn_fast.data.voc import VOC_CLASSES
+from dfn_fast.data.datasets.coco import CocoDataset
+from dfn_fast.data.datasets.voc import VOC_CLASSES
 from dfn_fast.errors import ConfigError, DataError
 
 # pycocotools 2.0.11 with NumPy 2

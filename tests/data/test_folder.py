@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from dfn_fast.data.folder import FolderDataset, held_out, read_classes
-from dfn_fast.data.image_list import ListDataset
-from dfn_fast.data.voc import voc_palette
+from dfn_fast.data.datasets.folder import FolderDataset, held_out, read_classes
+from dfn_fast.data.datasets.image_list import ListDataset
+from dfn_fast.data.datasets.voc import voc_palette
 from dfn_fast.errors import ConfigError, DataError
 
 

@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dfn_fast.data.camvid import CamVidDataset
 from dfn_fast.data.check import check
-from dfn_fast.data.files import MAX_PIXELS, read_image, read_label
-from dfn_fast.data.folder import FolderDataset, held_out
-from dfn_fast.data.image_list import ListDataset
-from dfn_fast.data.pairing import read_lines
+from dfn_fast.data.datasets.camvid import CamVidDataset
+from dfn_fast.data.datasets.folder import FolderDataset, held_out
+from dfn_fast.data.datasets.image_list import ListDataset
+from dfn_fast.data.datasets.voc import VocDataset
 from dfn_fast.data.registry import build_dataset
-from dfn_fast.data.voc import VocDataset
 from dfn_fast.errors import DataError, UserError
+from dfn_fast.media.images import MAX_PIXELS, read_image, read_label
+from dfn_fast.media.listing import read_lines
 
 
 def png(width, height, *, depth=8, colour=0, interlace=0, rows=b"\0\0", chunks=b""):
@@ -324,6 +324,6 @@ def error_of(path, root):
 
 
 def _classes(path):
-    from dfn_fast.data.folder import read_classes
+    from dfn_fast.data.datasets.folder import read_classes
 
     return read_classes(path)

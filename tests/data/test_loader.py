@@ -16,7 +16,7 @@ import torch
 
 import dfn_fast.data.loader as loader_module
 from dfn_fast.data.base import Sample, SegmentationDataset
-from dfn_fast.data.camvid import CamVidDataset
+from dfn_fast.data.datasets.camvid import CamVidDataset
 from dfn_fast.data.loader import TrainLoader
 from dfn_fast.data.transforms import TrainTransform
 from dfn_fast.errors import ConfigError, DataError

@@ -5,8 +5,8 @@ import pytest
 from PIL import Image
 
 from dfn_fast.data.__main__ import main
-from dfn_fast.data.sbd import convert_sbd
-from dfn_fast.data.voc import VocDataset, voc_palette
+from dfn_fast.data.datasets.sbd import convert_sbd
+from dfn_fast.data.datasets.voc import VocDataset, voc_palette
 from dfn_fast.errors import DataError
 
 savemat = pytest.importorskip("scipy.io").savemat

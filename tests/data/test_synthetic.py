@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pytest
 
-from dfn_fast.data.synthetic import LENGTHS, SyntheticScenes
+from dfn_fast.data.datasets.synthetic import LENGTHS, SyntheticScenes
 from dfn_fast.errors import ConfigError
 
 LOOK_ALIKES = [("sky", "water"), ("meadow", "crop"), ("boat", "wagon")]  # told by ripples, by rows, by what is around

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from dfn_fast.border import border_targets
-from dfn_fast.data.transforms import IMAGENET_MEAN, IMAGENET_STD, PAD_COLOUR, TrainTransform, normalize, rescale
+from dfn_fast.data.border import border_targets
+from dfn_fast.data.normalize import IMAGENET_MEAN, IMAGENET_STD, PAD_COLOUR, normalize
+from dfn_fast.data.transforms import TrainTransform, rescale
 from dfn_fast.errors import ConfigError
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dfn_fast.data.voc import VOC_CLASSES, VocDataset, voc_palette
+from dfn_fast.data.datasets.voc import VOC_CLASSES, VocDataset, voc_palette
 from dfn_fast.errors import DataError
 
 HOME = "VOCdevkit/VOC2012"

@@ -1,0 +1,177 @@
+"""Weights and checkpoint files: read without running code that is in them, fitted to a model by name and shape, and
+written whole or not at all.
+
+A training checkpoint is one dictionary of tensors and plain values::
+
+    format        1
+    model         state dict
+    model_config  keyword arguments of the network, num_classes among them
+    classes       K names            palette  K times [r, g, b]            dataset  its name
+    config, optimizer, scaler, random, position      what the trainer needs to continue
+
+Other people's files are read too: a bare state dict, or one below ``model``, ``state_dict`` or ``model_state_dict``.
+
+Each record of the file (a tensor, or the pickle of all that is no tensor) carries its CRC-32, as the zip format has it.
+``torch.save`` writes them and ``torch.load`` reads past them; :func:`read_file` compares.
+"""
+
+import pickle
+import re
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any, NoReturn
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from dfn_fast.errors import CheckpointError
+from dfn_fast.files import replacing, require_regular
+
+FORMAT = 1
+
+ZIP = b"PK\x03\x04"  # what torch.save's files begin with
+SLACK = 1 << 20  # bytes that an archive may unpack to beyond its size: others than ours compress their small parts
+
+
+def save_atomic(content: dict[str, Any], path: str | Path, previous: str | Path | None = None) -> None:
+    """``torch.save`` to a temporary file that takes the name ``path`` when it is whole and on disk; the file that had
+    this name becomes ``previous``, where one is given.
+
+    Raises :class:`CheckpointError` where it cannot be written, or where ``content`` holds something that
+    :func:`read_file` would refuse; the file that was there before is unchanged then.
+    """
+    refused = _not_plain(content, "content")
+    if refused:
+        raise CheckpointError(f"{path}: {refused}, which could not be read back; save tensors and plain values only")
+    write_whole(Path(path), lambda file: _save_with_checksums(content, file), previous)
+
+
+def _save_with_checksums(content: dict[str, Any], file: IO[bytes]) -> None:
+    wanted = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(True)  # whatever the program around us chose for its own files
+    try:
+        torch.save(content, file)
+    finally:
+        torch.serialization.set_crc32_options(wanted)
+
+
+def write_whole(path: Path, write: Callable[[IO[bytes]], Any], previous: str | Path | None = None) -> None:
+    try:
+        with replacing(path, previous) as file:
+            write(file)
+    except (OSError, RuntimeError) as error:  # torch.save hides the system's error behind a RuntimeError of its own
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__cause__ or cause.__context__
+        raise CheckpointError(
+            f"{path}: could not be written ({cause or error}); the file of that name, if there was one, is unchanged. "
+            "Free some space, or choose a folder that exists and can be written"
+        ) from error
+
+
+def _not_plain(value: Any, where: str) -> str | None:
+    """What ``weights_only`` would refuse in ``value``, if anything."""
+    items: list[tuple[str, Any]] = []
+    if type(value) in (dict, OrderedDict):
+        items = [(f"{where}[{key!r}]", item) for key, item in value.items()]
+        items += [(f"a key of {where}", key) for key in value]
+    elif type(value) in (list, tuple):
+        items = [(f"{where}[{i}]", item) for i, item in enumerate(value)]
+    elif not isinstance(value, Tensor) and type(value) not in (bool, int, float, str, type(None)):
+        return f"{where} is a {type(value).__module__}.{type(value).__qualname__}"
+    return next((text for place, item in items if (text := _not_plain(item, place))), None)
+
+
+def read_file(path: str | Path) -> dict[str, Any]:
+    """The dictionary in a ``.safetensors`` file, or in one of any other suffix that ``torch.save`` wrote, on the CPU.
+
+    Code in the file is never run. Raises :class:`CheckpointError` that says whether the file is missing, empty, cut
+    short, damaged, no checkpoint at all, or holds more than tensors and plain values.
+    """
+    path = Path(path)
+    require_regular(path, CheckpointError, "checkpoint")
+    try:
+        with path.open("rb") as file:
+            head = file.read(16)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: this checkpoint does not exist; check the name and the folder") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: this checkpoint cannot be read ({error.strerror})") from error
+    if not head:
+        raise CheckpointError(f"{path}: this checkpoint is empty (0 bytes); copy or download it again")
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        if head.startswith(ZIP):
+            _require_whole(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
+    except Exception as error:  # a damaged pickle can raise anything
+        _explain(path, head, error)
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected a dictionary of weights, got a {type(content).__name__}")
+    return content
+
+
+def _require_whole(path: Path) -> None:
+    """Raises :class:`CheckpointError` for an archive that unpacks to more than it is, torch.save compressing nothing,
+    and for one with a record that does not fit its CRC-32.
+    """
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(record.file_size for record in archive.infolist())
+        if unpacked > path.stat().st_size + SLACK:
+            raise CheckpointError(
+                f"{path}: this checkpoint would unpack to {unpacked} bytes from {path.stat().st_size}; torch.save does "
+                "not compress, so it is damaged or made to fill the memory; copy or download it again"
+            )
+        written = any(record.CRC for record in archive.infolist())  # all 0: torch.save was told to leave them out
+        damaged = archive.testzip() if written else None
+    if damaged:
+        raise CheckpointError(
+            f"{path}: this checkpoint is damaged (the checksum of its record {damaged!r} does not fit); "
+            "copy or download it again, or use the one before"
+        )
+
+
+def _explain(path: Path, head: bytes, error: Exception) -> NoReturn:
+    """Raises the :class:`CheckpointError` for a file that exists and does not load. PyTorch's own text is left out:
+    it advises loading the file with the code in it."""
+    damaged = CheckpointError(f"{path}: this checkpoint is truncated or damaged; copy or download it again")
+    is_zip, is_pickle = head.startswith(ZIP), head.startswith(b"\x80")
+    members = _members(path) if is_zip else []
+    has_pickle = is_pickle or any(name.endswith("/data.pkl") for name in members)
+    is_script = any(name.endswith("/constants.pkl") for name in members)
+    if isinstance(error, MemoryError):
+        raise CheckpointError(f"{path}: this checkpoint does not fit into memory, or is damaged") from error
+    if isinstance(error, SafetensorError):
+        if head[8:9] == b"{":
+            raise damaged from error
+    elif is_script or (has_pickle and isinstance(error, pickle.UnpicklingError)):
+        name = re.search(r"GLOBAL (\w[\w.]+)", str(error))
+        if not (name or is_script or is_pickle):
+            raise damaged from error
+        raise CheckpointError(
+            f"{path}: this file has code in it ({name[1][:100] if name else 'Python objects'}): loading it could run "
+            "anything, so it is refused. Where it was made, save the weights alone, torch.save(model.state_dict(), "
+            "FILE) or safetensors, and give that file"
+        ) from error
+    elif has_pickle or (is_zip and not members):
+        raise damaged from error
+    expected = "safetensors" if isinstance(error, SafetensorError) else "torch.save"
+    raise CheckpointError(
+        f"{path}: this is not a checkpoint (it starts with {head!r}); give a file that {expected} wrote"
+    ) from error
+
+
+def _members(path: Path) -> list[str]:
+    """The names in a zip archive; none where its directory cannot be read."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.namelist()
+    except Exception:  # zipfile raises nearly anything for a damaged directory
+        return []

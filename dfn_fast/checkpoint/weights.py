@@ -1,0 +1,142 @@
+"""State dicts, fitted to a model by name and shape."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from dfn_fast.checkpoint.archive import read_file, save_atomic, write_whole
+from dfn_fast.errors import CheckpointError, brief, listed
+
+STATE_DICT_KEYS = ("model", "state_dict", "model_state_dict")
+TORCH_SUFFIXES = (".pth", ".pt", ".ckpt", ".tar")
+MAX_NESTING = 10  # of a state dict in a checkpoint
+DTYPES = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool, torch.uint8}
+DTYPES |= {torch.int8, torch.int16, torch.int32, torch.int64}
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def save_weights(model: nn.Module, path: str | Path) -> None:
+    """The model's state dict, in the published names and shapes, as safetensors or ``torch.save`` file by suffix."""
+    path = Path(path)
+    # safetensors refuses channels_last tensors.
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict_of(model.state_dict()).items()}
+    if path.suffix == ".safetensors":
+        write_whole(path, lambda file: file.write(safetensors.torch.save(state)))
+    elif path.suffix in TORCH_SUFFIXES:
+        save_atomic(state, path)
+    else:
+        raise CheckpointError(f"{path}: expected one of the suffixes .safetensors {' '.join(TORCH_SUFFIXES)}")
+
+
+def state_dict_of(content: Mapping[str, Any], where: str = "the checkpoint") -> dict[str, Tensor]:
+    """The state dict in a checkpoint's content, bare or below one of ``STATE_DICT_KEYS``, under plain names: without
+    the ``module.`` of (Distributed)DataParallel and the ``_orig_mod.`` of ``torch.compile``, however they are nested.
+    """
+    for _ in range(MAX_NESTING):
+        below = next((content[key] for key in STATE_DICT_KEYS if isinstance(content.get(key), Mapping)), None)
+        if below is None:
+            break
+        content = below
+    tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    if not tensors:
+        found = listed(name if isinstance(name, str) else brief(name) for name in content)
+        raise CheckpointError(
+            f"{where}: expected a state dict, bare or below {', '.join(map(repr, STATE_DICT_KEYS))}; found "
+            f"{found or 'nothing'}"
+        )
+    lying = [name for name, tensor in tensors.items() if not _is_plain_tensor(tensor)]
+    if lying:
+        raise CheckpointError(
+            f"{where}: {len(lying)} tensors have values that are not in the file, or not one by one: "
+            f"{listed(lying)}; save dense tensors of real numbers"
+        )
+    state = {_plain_name(name): tensor for name, tensor in tensors.items()}
+    if len(state) < len(tensors):
+        raise CheckpointError(f"{where}: holds the same weights twice, with and without the prefix of a wrapper")
+    return state
+
+
+def _is_plain_tensor(tensor: Tensor) -> bool:
+    """Whether each element is a number in memory; a stride of 0 makes gigabytes of one number."""
+    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_meta or tensor.dtype not in DTYPES:
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+
+
+def _plain_name(name: str) -> str:
+    parts = [part for part in name.split(".") if part != "_orig_mod"]
+    while parts[0] == "module" and len(parts) > 1:
+        parts = parts[1:]
+    return ".".join(parts)
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """Where a state dict does not fit a model; false where it fits. ``str()`` names the first few of each kind."""
+
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    wrong_shape: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...] = ()  # name, the model's, the file's
+
+    def __bool__(self) -> bool:
+        return bool(self.missing or self.unexpected or self.wrong_shape)
+
+    def __str__(self) -> str:
+        shapes = [f"{name} (model {list(ours)}, file {list(theirs)})" for name, ours, theirs in self.wrong_shape]
+        kinds = {"missing": self.missing, "unexpected": self.unexpected, "wrong shape": shapes}
+        return "; ".join(f"{len(names)} {kind}: {listed(names)}" for kind, names in kinds.items() if names)
+
+
+def load_weights(
+    model: nn.Module, source: str | Path | Mapping[str, Any], *, strict: bool = True, where: str | None = None
+) -> Mismatch:
+    """Loads a checkpoint, by file or content, into ``model`` and returns what did not fit.
+
+    ``strict=False`` loads the tensors that fit by name and shape. ``num_batches_tracked`` may be missing, as in
+    checkpoints of PyTorch 0.4. ``where`` names the source in errors. Raises :class:`CheckpointError`, the model
+    unchanged, where something does not fit and ``strict`` is set, where nothing fits, and for weights that are nan or
+    infinite.
+    """
+    if isinstance(source, Mapping):
+        where = where or "the given weights"
+    else:
+        where, source = where or str(source), read_file(source)
+    state = state_dict_of(source, where)
+    own = {_plain_name(name): (name, tensor) for name, tensor in model.state_dict().items()}
+    fitting = {n: t for n, t in state.items() if n in own and t.shape == own[n][1].shape}
+    mismatch = Mismatch(
+        missing=tuple(n for n in own if n not in state and not n.endswith("num_batches_tracked")),
+        unexpected=tuple(n for n in state if n not in own),
+        wrong_shape=tuple(
+            (n, tuple(own[n][1].shape), tuple(t.shape)) for n, t in state.items() if n in own and n not in fitting
+        ),
+    )
+    if not fitting or (strict and mismatch):
+        remedy = "" if not fitting else ", or load what fits with strict=False (--no-strict)"
+        raise CheckpointError(f"{where} does not fit the model: {mismatch}. Build the model as it was saved{remedy}")
+    broken = [n for n, t in fitting.items() if not torch.isfinite(t).all()]
+    if broken:
+        raise CheckpointError(
+            f"{where}: {len(broken)} tensors hold nan or infinity: {listed(broken)}. "
+            "Use a checkpoint from before the training diverged"
+        )
+    model.load_state_dict({own[n][0]: t for n, t in fitting.items()}, strict=False)
+    return mismatch
+
+
+def ready(model: nn.Module, device: str | torch.device, channels_last: bool) -> None:
+    """Makes ``model`` ready for inference, in place: on ``device``, in eval mode, its weights in channels_last."""
+    model.to(device).eval()
+    if channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def build(network: type[Network], config: Mapping[str, Any]) -> Network:
+    """The network, without a trace in the caller's random numbers: its initial weights are not kept."""
+    with torch.random.fork_rng(devices=[]):
+        return network(**config)

@@ -1,0 +1,100 @@
+"""CamVid in the SegNet layout: 11 classes of street scenes, void (11) ignored.
+
+``root`` is the folder called CamVid in SegNet's tutorial, or the one around it::
+
+    CamVid/
+      train/0001TP_006690.png ...       images: any format, 367 in train, 101 in val, 233 in test
+      trainannot/0001TP_006690.png ...  class ids in one channel
+      val/  valannot/  test/  testannot/
+      train.txt  val.txt  test.txt      a line: train/0001TP_006690.png trainannot/0001TP_006690.png
+
+A list's paths are relative to root. Those of the original lists begin with another machine's folder
+(``/SegNet/CamVid/train/...``): the files are then found by folder and stem, whatever their suffix. Files that are not
+below the root count only with ``--allow-outside-root``. A split without a list is all of its two folders. ``trainval``
+is train and val.
+"""
+
+import os
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from dfn_fast.data.base import IGNORE, Pair, SegmentationDataset, require_folder
+from dfn_fast.data.datasets.pairing import below, checked_pairs, pair_by_stem
+from dfn_fast.errors import DataError, shortened
+from dfn_fast.media.listing import files_by_stem, read_lines
+
+_CLASSES = (
+    ("sky", (128, 128, 128)),
+    ("building", (128, 0, 0)),
+    ("pole", (192, 192, 128)),
+    ("road", (128, 64, 128)),
+    ("pavement", (60, 40, 222)),
+    ("tree", (128, 128, 0)),
+    ("sign", (192, 128, 128)),
+    ("fence", (64, 64, 128)),
+    ("car", (64, 0, 128)),
+    ("pedestrian", (64, 64, 0)),
+    ("bicyclist", (0, 128, 192)),
+)
+VOID = len(_CLASSES)
+SPLITS = ("train", "val", "test", "trainval")
+COUNTS = {"train": 367, "val": 101, "test": 233, "trainval": 468}
+
+
+class CamVidDataset(SegmentationDataset):
+    """A split of CamVid, by the layout in this file's docstring."""
+
+    name = "camvid"
+    classes = tuple(name for name, _ in _CLASSES)
+    palette = np.array([colour for _, colour in _CLASSES], np.uint8)
+
+    def __init__(self, root: str | Path, split: str, *, allow_outside_root: bool = False):
+        root = Path(root)
+        limit = None if allow_outside_root else root
+        home = root / "CamVid" if (root / "CamVid").is_dir() else root
+        parts = ("train", "val") if split == "trainval" else (split,)
+        super().__init__([pair for part in parts for pair in _pairs(home, part, limit)], split, home)
+
+    def class_ids(self, raw: np.ndarray, path: Path) -> np.ndarray:
+        return np.where(raw == VOID, np.uint8(IGNORE), raw)
+
+
+def _pairs(home: Path, split: str, limit: Path | None) -> list[Pair]:
+    list_file = home / f"{split}.txt"
+    if not list_file.is_file():
+        remedy = f"Expected {split}.txt, or the folders {split} and {split}annot, in the root."
+        images = require_folder(home / split, f"the folder of split {split!r}", remedy)
+        labels = require_folder(home / f"{split}annot", f"the folder of the labels of {split!r}", remedy)
+        return pair_by_stem(files_by_stem(images), files_by_stem(labels), home)
+    folders: dict[str, dict[str, Path]] = {}
+    pairs = []
+    for number, line in read_lines(list_file):
+        fields = line.split()
+        if len(fields) != 2:
+            raise DataError(f"{list_file}:{number}: expected an image and a label path, got {shortened(line)!r}")
+        try:
+            image, label = (_find(home, PurePosixPath(field), folders, limit) for field in fields)
+        except DataError as error:
+            raise DataError(f"{list_file}:{number}: {error}") from None
+        pairs.append(Pair(image, label, image.stem))
+    if not pairs:
+        raise DataError(f"{list_file}: no image in this list")
+    return checked_pairs(pairs, list_file)
+
+
+def _find(home: Path, listed: PurePosixPath, folders: dict[str, dict[str, Path]], limit: Path | None) -> Path:
+    """The listed file, else the one of its folder's name and its stem below ``home``, else where it was expected."""
+    refused: DataError | None = None
+    try:
+        path = below(limit, home / listed)
+        if os.path.isfile(path):
+            return path
+    except DataError as error:
+        refused = error
+    folder = listed.parent.name
+    if folder not in folders:
+        folders[folder] = files_by_stem(below(limit, home / folder))
+    if refused is not None and not listed.is_absolute() and listed.stem not in folders[folder]:
+        raise refused
+    return folders[folder].get(listed.stem, home / folder / listed.name)

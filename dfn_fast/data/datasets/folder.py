@@ -1,0 +1,109 @@
+"""Your own images: a folder of images and a folder of masks.
+
+``folder`` pairs images and masks by their path below ``images`` and ``masks``, less the suffix::
+
+    ROOT/
+      images/a.jpg  images/night/b.png ...
+      masks/a.png   masks/night/b.png ...   class ids 0..254 in one 8-bit channel or a palette; 255: ignore
+      classes.txt                           a class a line: name, or name R G B
+
+or ``ROOT/train/{images,masks}`` and ``ROOT/val/{images,masks}``. Without these, val is about every fifth image,
+chosen by a hash of that path: the same on every machine, whatever other images there are. ``--classes FILE`` or
+``--num-classes N`` stand in for classes.txt.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+
+import numpy as np
+
+from dfn_fast.data.base import IGNORE, SegmentationDataset, require_folder
+from dfn_fast.data.datasets.pairing import pair_by_stem
+from dfn_fast.data.datasets.voc import voc_palette
+from dfn_fast.errors import ConfigError, DataError, brief, nearest
+from dfn_fast.files import MAX_TEXT, require_regular
+from dfn_fast.media.listing import files_by_stem
+
+VAL_SHARE = 5
+MAX_NAME = 200  # characters of a class's name
+
+
+class FolderDataset(SegmentationDataset):
+    """A split of the layout in this file's docstring."""
+
+    name = "folder"
+
+    def __init__(
+        self, root: str | Path, split: str, *, num_classes: int | None = None, classes: str | Path | None = None
+    ):
+        root = Path(root)
+        known = sorted(folder.parent.name for folder in root.glob("*/images") if folder.is_dir())
+        flat = not known
+        if flat:
+            known = ["train", "val"]
+        if split not in known:
+            raise ConfigError(f"{root}: no split {split!r} there, known are {', '.join(known)}" + nearest(split, known))
+        home = root if flat else root / split
+        remedy = "Expected images/ and masks/ in the root, or in train/ and val/ below it."
+        images = files_by_stem(require_folder(home / "images", "the folder of the images", remedy), nested=True)
+        masks = files_by_stem(require_folder(home / "masks", "the folder of the masks", remedy), nested=True)
+        pairs = pair_by_stem(images, masks, home)
+        if flat:
+            val = held_out([pair.name for pair in pairs])
+            pairs = [pair for pair in pairs if (pair.name in val) == (split == "val")]
+        self.classes, self.palette = class_table(root, num_classes, classes)
+        super().__init__(pairs, split, home)
+
+
+def held_out(stems: list[str]) -> set[str]:
+    """The stems that belong to val: SHA-256 (first 8 bytes) divisible by 5, or else the lowest."""
+    hashes = {stem: int.from_bytes(hashlib.sha256(os.fsencode(stem)).digest()[:8], "big") for stem in stems}
+    chosen = {stem for stem, value in hashes.items() if value % VAL_SHARE == 0}
+    return chosen or set(sorted(stems, key=hashes.__getitem__)[:1])
+
+
+def class_table(root: Path, num_classes: int | None, classes: str | Path | None) -> tuple[tuple[str, ...], np.ndarray]:
+    """Names and palette from the file ``classes``, else from ``root/classes.txt``, else ``num_classes`` numbers."""
+    if classes is None and not (root / "classes.txt").is_file():
+        if num_classes is None:
+            raise ConfigError(
+                f"{root / 'classes.txt'}: not there, so the classes are not known; "
+                "write one name a line, or give --num-classes or --classes"
+            )
+        if not 2 <= num_classes <= IGNORE:
+            raise ConfigError(f"--num-classes {num_classes}: expected 2..{IGNORE}")
+        return tuple(f"class {i}" for i in range(num_classes)), voc_palette(num_classes)
+    path = Path(classes) if classes is not None else root / "classes.txt"
+    names, palette = read_classes(path)
+    if num_classes not in (None, len(names)):
+        raise ConfigError(f"--num-classes {num_classes}: {path} has {len(names)} classes; leave out one of the two")
+    return names, palette
+
+
+def read_classes(path: Path) -> tuple[tuple[str, ...], np.ndarray]:
+    """The names and ``[K, 3]`` RGB uint8 palette of a classes file; a line without a colour gets that of VOC."""
+    require_regular(path, ConfigError, "table of classes", MAX_TEXT)
+    try:
+        lines = path.read_text(encoding="utf-8-sig").rstrip().split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: expected a text file with a class a line ({error})") from error
+    if not 2 <= len(lines) <= IGNORE:
+        raise ConfigError(f"{path}: expected 2..{IGNORE} classes, one a line, got {len(lines)}")
+    names: list[str] = []
+    palette = voc_palette(len(lines))
+    for i, line in enumerate(lines):
+        name, *colour = line.strip().rsplit(maxsplit=3) or [""]
+        if len(colour) != 3 or not all(value.isdecimal() for value in colour):
+            name, colour = line.strip(), []
+        if not 0 < len(name) <= MAX_NAME:
+            got = "an empty line" if not name else f"{len(name)} characters"
+            raise DataError(f"{path}:{i + 1}: expected a class name, or name R G B, got {got}")
+        if name in names:
+            raise DataError(f"{path}:{i + 1}: class {name!r} is there twice")
+        if any(len(value) > 9 or int(value) > 255 for value in colour):
+            raise DataError(f"{path}:{i + 1}: expected a colour of 0..255, got {brief(' '.join(colour))}")
+        if colour:
+            palette[i] = [int(value) for value in colour]
+        names.append(name)
+    return tuple(names), palette

@@ -1,0 +1,94 @@
+"""Your own images by a list: a text file with ``image<TAB>label`` on each line.
+
+Split ``train`` is train.txt in the root; a split ending in ``.txt`` is that file itself, in the root or anywhere::
+
+    ROOT/
+      train.txt    a line: photos/a.jpg<TAB>labels/a.png; blank lines and those that begin with # are left out
+      val.txt
+      classes.txt  a class a line: name, or name R G B
+
+Paths are absolute, or relative to the list's folder or to root. One that leaves root is an error unless
+``--allow-outside-root`` is given: a list may come from anywhere. Labels hold class ids 0..254, 255 is ignored.
+``--classes FILE`` or ``--num-classes N`` stand in for classes.txt.
+"""
+
+import os
+from pathlib import Path
+
+from dfn_fast.data.base import Pair, SegmentationDataset
+from dfn_fast.data.datasets.folder import class_table
+from dfn_fast.data.datasets.pairing import PairingError, below, checked_pairs
+from dfn_fast.errors import ConfigError, DataError, nearest, shortened
+from dfn_fast.media.listing import read_lines
+
+
+class ListDataset(SegmentationDataset):
+    """A list in the form of this file's docstring; an image's name is its path below root, less the suffix."""
+
+    name = "list"
+
+    def __init__(
+        self,
+        root: str | Path,
+        split: str,
+        *,
+        num_classes: int | None = None,
+        classes: str | Path | None = None,
+        allow_outside_root: bool = False,
+    ):
+        root = Path(root)
+        limit = None if allow_outside_root else root
+        list_file = _list_file(root, split)
+        self.classes, self.palette = class_table(root, num_classes, classes)
+        pairs, problems = [], []
+        for number, line in read_lines(list_file):
+            try:
+                pairs.append(_pair(line, root, list_file.parent, limit))
+            except DataError as error:
+                problems.append(f"{list_file}:{number}: {error}")
+        if problems:
+            raise PairingError(list_file, problems)
+        super().__init__(checked_pairs(pairs, list_file), split, list_file)
+
+
+def _list_file(root: Path, split: str) -> Path:
+    candidates = [root / split, Path(split)] if split.endswith(".txt") else [root / f"{split}.txt"]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    known = sorted(file.stem for file in root.glob("*.txt") if file.name != "classes.txt")
+    raise ConfigError(
+        f"{candidates[0]}: this list does not exist; the root has {', '.join(known) or 'no .txt file'}"
+        + nearest(split, known)
+    )
+
+
+def _pair(line: str, root: Path, folder: Path, limit: Path | None) -> Pair:
+    fields = [field.strip() for field in line.split("\t")]
+    if len(fields) != 2:
+        raise DataError(f"expected image<TAB>label, got {shortened(line)!r}")
+    image, label = (_find(field, root, folder, limit) for field in fields)
+    return Pair(image, label, _name(image, root))
+
+
+def _find(field: str, root: Path, folder: Path, limit: Path | None) -> Path:
+    refused: DataError | None = None
+    for path in (folder / field, root / field):
+        try:
+            path = below(limit, path)
+        except DataError as error:
+            refused = error
+        else:
+            if os.path.isfile(path):
+                return path
+    if refused is not None:
+        raise refused
+    nor = f", nor in {root}" if root != folder else ""
+    raise DataError(f"{shortened(field)} does not exist in {folder}{nor}")
+
+
+def _name(image: Path, root: Path) -> str:
+    """Relative to root, or to the file system's root for what lies elsewhere: safe to name an output by."""
+    image = Path(os.path.splitext(os.path.abspath(image))[0])
+    root = Path(os.path.abspath(root))
+    return image.relative_to(root if image.is_relative_to(root) else image.anchor).as_posix()

@@ -1,0 +1,72 @@
+"""What the data sets on disk share: lists of files, files by stem, and pairs whose files are all there."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from dfn_fast.data.base import Pair
+from dfn_fast.errors import SHOWN, DataError, shortened
+
+LOSSY = (".jpg", ".jpeg", ".webp")
+
+
+class PairingError(DataError):
+    """Files of a split are missing or without a partner: the text names the first few, ``problems`` all of them."""
+
+    def __init__(self, where: str | Path, problems: list[str]):
+        self.problems = problems
+        shown = [shortened(problem, 500) for problem in problems[:SHOWN]]
+        more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
+        super().__init__("\n  ".join([f"{where}: {len(problems)} entries or files cannot be used:", *shown, *more]))
+
+
+def below(limit: Path | None, path: Path) -> Path:
+    """``path`` without its ``..``; raises :class:`DataError` where it leaves the folder ``limit``, if there is one.
+
+    Symbolic links are not followed: who made the folder has put them there, who wrote a list has not.
+    """
+    path = Path(os.path.normpath(path))
+    if limit is None or Path(os.path.abspath(path)).is_relative_to(os.path.abspath(limit)):
+        return path
+    raise DataError(
+        f"{shortened(path)} is outside of {limit}; move it there, or trust this list with --allow-outside-root"
+    )
+
+
+def pair_by_stem(images: dict[str, Path], labels: dict[str, Path], where: str | Path) -> list[Pair]:
+    """A pair for each stem; raises :class:`PairingError` for images without a label and labels without an image."""
+    problems = [f"{images[stem]}: no label of this stem" for stem in sorted(images.keys() - labels.keys())]
+    problems += [f"{labels[stem]}: no image of this stem" for stem in sorted(labels.keys() - images.keys())]
+    if problems:
+        raise PairingError(where, problems)
+    return checked_pairs((Pair(images[stem], labels[stem], stem) for stem in sorted(images)), where)
+
+
+def checked_pairs(pairs: Iterable[Pair], where: str | Path) -> list[Pair]:
+    """The pairs as a list; raises :class:`PairingError` for files not there, lossy labels and names that repeat."""
+    pairs = list(pairs)
+    folders: dict[Path, set[str]] = {}  # listing a folder once is far quicker than asking for each of its files
+
+    def exists(path: Path) -> bool:
+        if path.parent not in folders:
+            try:
+                folders[path.parent] = set(os.listdir(path.parent))
+            except (OSError, ValueError):  # not there, not to be read, or no name that a folder can have
+                folders[path.parent] = set()
+        return path.name in folders[path.parent]
+
+    problems, seen = [], set()
+    for pair in pairs:
+        problems += [
+            f"{path}: this {what} does not exist"
+            for path, what in ((pair.image, "image"), (pair.label, "label"))
+            if not exists(path)
+        ]
+        if pair.label.suffix.lower() in LOSSY:
+            problems.append(f"{pair.label}: lossy compression changes class ids; make the label anew as PNG")
+        if pair.name in seen:
+            problems.append(f"{pair.image}: a second image named {pair.name!r}; names must be unique in a split")
+        seen.add(pair.name)
+    if problems:
+        raise PairingError(where, problems)
+    return pairs

@@ -1,0 +1,140 @@
+"""``python -m dfn_fast.evaluate``: the metrics of a checkpoint on a split of a data set."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from dfn_fast import cli
+from dfn_fast.data.base import SegmentationDataset
+from dfn_fast.data.registry import DATASETS, build_dataset
+from dfn_fast.errors import ConfigError
+from dfn_fast.evaluate.evaluation import evaluate
+from dfn_fast.files import write_json
+from dfn_fast.inference.loading import LoadedModel, load_model
+from dfn_fast.inference.options import add_inference_options, predictor_from
+from dfn_fast.runtime.device import choose_algorithms, choose_device
+from dfn_fast.runtime.processes import World, processes
+
+EXAMPLES = """\
+examples:
+  python -m dfn_fast.evaluate runs/camvid/best.pth --root CamVid
+  python -m dfn_fast.evaluate best.pth --data voc --root VOCdevkit --scales 0.5 0.75 1 1.5 1.75 --flip
+  python -m dfn_fast.evaluate best.pth --data cityscapes --root cityscapes --window 800 --json val.json
+  python -m dfn_fast.evaluate dfn.pth --data voc --root VOCdevkit --preset torchseg
+"""
+
+
+def parser() -> cli.Parser:
+    result = cli.Parser(
+        prog="python -m dfn_fast.evaluate",
+        usage="%(prog)s CHECKPOINT [--data NAME] [--root DATA] [--split SPLIT] [options]",
+        description="Measure a checkpoint on a split of a data set: IoU of each class, mIoU, mean and pixel accuracy,\n"
+        "boundary F-score.",
+        epilog=EXAMPLES,
+    )
+    result.add_argument("checkpoint", metavar="CHECKPOINT", help="of ours, of DFN's authors, or safetensors")
+    data = result.add_argument_group("data")
+    data.add_argument(
+        "--data", choices=tuple(DATASETS), metavar="NAME", help=f"{', '.join(DATASETS)} (default: trained on)"
+    )
+    data.add_argument("--root", metavar="DATA", help="the data set's folder; `python -m dfn_fast.data list` shows it")
+    data.add_argument("--split", metavar="SPLIT", help="default: the data set's validation split")
+    data.add_argument("--num-classes", type=int, metavar="N", help="of folder or list data (default: the checkpoint's)")
+    data.add_argument("--classes", metavar="FILE", help="class names of folder or list data, one a line")
+    data.add_argument("--allow-outside-root", action="store_true", help="let lists name files not below --root")
+    data.add_argument("--seed", type=int, default=0, metavar="N", help="of synthetic scenes (default: 0)")
+    data.add_argument("--limit", type=int, metavar="N", help="the first N images alone")
+    add_inference_options(result)
+    result.add_argument("--deterministic", action="store_true", help="the same bits each time, slower on a GPU")
+    metrics = result.add_argument_group("metrics")
+    metrics.add_argument(
+        "--no-boundary", action="store_true", help="leave out the boundary F-score, the slowest metric"
+    )
+    metrics.add_argument("--border", action="store_true", help="measure the Border Network too")
+    metrics.add_argument(
+        "--border-width", type=int, metavar="N", help="of the border targets (default: as in training, or 7)"
+    )
+    metrics.add_argument("--json", type=Path, metavar="FILE", help="write the metrics, settings and versions there too")
+    return result
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parser().parse_args(argv)
+    if arguments.limit is not None and arguments.limit < 1:
+        raise ConfigError(f"--limit {arguments.limit}: expected at least 1 image")
+    if arguments.json is not None and not arguments.json.parent.is_dir():
+        raise ConfigError(f"--json {arguments.json}: its folder does not exist; make it first")
+    if arguments.deterministic:
+        choose_algorithms(True)
+    with processes() as world:
+        report(arguments, world)
+    return 0
+
+
+def report(arguments: argparse.Namespace, world: World) -> None:
+    """Measures what the options ask for, prints the report and writes it."""
+    loaded = load_model(arguments.checkpoint, choose_device(arguments.device, world))
+    predictor = predictor_from(arguments, loaded.model)
+    if arguments.border and not loaded.model.has_border:
+        raise ConfigError(f"--border: {arguments.checkpoint} has no Border Network; leave the option out")
+    dataset = dataset_from(arguments, loaded)
+    result = evaluate(
+        predictor,
+        dataset,
+        boundary=not arguments.no_boundary,
+        border=arguments.border,
+        border_width=arguments.border_width or loaded.border_width or 7,
+        limit=arguments.limit,
+        progress=world.is_first,
+        world=world,
+    )
+    print(result.table())
+    if arguments.json is not None and world.is_first:
+        content = {"checkpoint": arguments.checkpoint, "device": str(predictor.device), **result.to_dict()}
+        try:
+            write_json(arguments.json, content)
+        except OSError as error:
+            raise ConfigError(f"--json {arguments.json} cannot be written ({error.strerror})") from error
+
+
+def dataset_from(arguments: argparse.Namespace, loaded: LoadedModel) -> SegmentationDataset:
+    """The data set that the options name, of the checkpoint's classes."""
+    name = arguments.data or loaded.dataset
+    if name not in DATASETS:
+        raise ConfigError(f"--data is missing, and {arguments.checkpoint} does not say what it was trained on")
+    entry, num_classes = DATASETS[name], arguments.num_classes
+    borrowed = (
+        entry.free_classes
+        and num_classes is None
+        and arguments.classes is None
+        and not (Path(arguments.root or "") / "classes.txt").is_file()
+    )
+    dataset = build_dataset(
+        name,
+        arguments.root,
+        arguments.split or entry.val,
+        num_classes=loaded.model.num_classes if borrowed else num_classes,
+        classes=arguments.classes,
+        allow_outside_root=arguments.allow_outside_root,
+        seed=arguments.seed,
+    )
+    if borrowed:
+        dataset.classes, dataset.palette = loaded.classes, loaded.palette
+    if dataset.num_classes != loaded.model.num_classes:
+        trained = f", trained on {loaded.dataset}" if loaded.dataset else ""
+        raise ConfigError(
+            f"{arguments.checkpoint} has {loaded.model.num_classes} classes{trained}, data set {name!r} has "
+            f"{dataset.num_classes}; choose the data set that it was trained on with --data, or another checkpoint"
+        )
+    if dataset.classes != loaded.classes:
+        first = next(i for i, (a, b) in enumerate(zip(dataset.classes, loaded.classes, strict=True)) if a != b)
+        print(
+            f"note: class {first} is {dataset.classes[first]!r} in the data set and {loaded.classes[first]!r} in the "
+            "checkpoint; the numbers below mean little unless both are the same thing",
+            file=sys.stderr,
+        )
+    return dataset
+
+
+if __name__ == "__main__":
+    cli.run(main)

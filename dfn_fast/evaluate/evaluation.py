@@ -1,0 +1,100 @@
+"""How well a predictor does on a data set."""
+
+import time
+from collections.abc import Callable
+
+import torch
+from tqdm import tqdm
+
+from dfn_fast.cli import IMAGES_BAR
+from dfn_fast.data.base import SegmentationDataset
+from dfn_fast.data.border import border_targets
+from dfn_fast.errors import ConfigError
+from dfn_fast.evaluate.metrics import BorderScore, BoundaryFScore, ConfusionMatrix
+from dfn_fast.evaluate.report import Report
+from dfn_fast.inference.predictor import Predictor
+from dfn_fast.runtime.processes import ALONE, World
+from dfn_fast.runtime.signals import Stopped
+
+
+def evaluate(
+    predictor: Predictor,
+    dataset: SegmentationDataset,
+    *,
+    boundary: bool = True,
+    border: bool = False,
+    border_width: int = 7,
+    limit: int | None = None,
+    progress: bool = False,
+    on_image: Callable[[], None] | None = None,
+    world: World = ALONE,
+) -> Report:
+    """Predicts the images of a data set one by one and measures; memory does not grow with their number.
+
+    Args:
+        boundary: measures the boundary F-score too, which takes longer than the other metrics.
+        border: measures the Border Network too, against targets of ``border_width``.
+        limit: stops after the first ``limit`` images.
+        progress: shows a bar, where standard error is a terminal.
+        on_image: called after each image; what it raises ends the evaluation, ``Stopped`` in all processes.
+        world: the processes that share the images; each gets the report of all of them.
+
+    Raises :class:`ConfigError` where network and data set differ in their class count.
+    """
+    K = dataset.num_classes
+    if predictor.model.num_classes != K:
+        raise ConfigError(f"the network has {predictor.model.num_classes} classes, data set {dataset.name!r} has {K}")
+    confusion, contours, borders = ConfusionMatrix(K), BoundaryFScore(K), BorderScore()
+    images = min(len(dataset), limit or len(dataset))
+    start, stopped = time.perf_counter(), False
+    try:
+        for index in tqdm(images_of(world, images), disable=None if progress else True, **IMAGES_BAR):
+            sample = dataset[index]
+            prediction = predictor(sample.image)
+            confusion.update(sample.label, prediction)
+            if boundary:
+                contours.update(sample.label, prediction)
+            if border:
+                borders.update(border_targets(sample.label, border_width), predictor.border(sample.image))
+            if on_image is not None:
+                on_image()
+    except Stopped:
+        stopped = True
+    if world.any(stopped):  # the others wait for this process's counts
+        raise Stopped
+    add_up(world, confusion, contours, borders)
+    return Report(
+        dataset=dataset.name,
+        split=dataset.split,
+        images=images,
+        total_images=len(dataset),
+        inference=predictor.describe(),
+        settings=predictor.settings(),
+        classes=dataset.classes,
+        mean_iou=confusion.mean_iou,
+        mean_accuracy=confusion.mean_accuracy,
+        pixel_accuracy=confusion.pixel_accuracy,
+        per_class_iou=tuple(confusion.per_class_iou.tolist()),
+        pixel_share=tuple(confusion.pixel_share.tolist()),
+        boundary_f_score=contours.value if boundary else None,
+        border={**borders.best(), "width": border_width} if border else None,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def images_of(world: World, images: int) -> range:
+    """The images of this process: each belongs to one."""
+    return range(world.rank, images, world.size)
+
+
+def add_up(world: World, confusion: ConfusionMatrix, contours: BoundaryFScore, borders: BorderScore) -> None:
+    """Puts what all processes have counted into each one's metrics, by one sum over them."""
+    if world.size == 1:
+        return
+    # float64 holds counts below 2^53 exactly.
+    means = torch.tensor([contours.total, contours.images], dtype=torch.float64)
+    parts = [confusion.counts.cpu().double(), torch.from_numpy(borders.counts).double(), means]
+    summed = world.sum(torch.cat([part.flatten() for part in parts])).split([part.numel() for part in parts])
+    confusion.counts = summed[0].view_as(parts[0]).long()
+    borders.counts = summed[1].view_as(parts[1]).long().numpy()
+    contours.total, contours.images = float(summed[2][0]), int(summed[2][1])

@@ -1,0 +1,96 @@
+"""The numbers of an evaluation."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from dfn_fast.files import finite
+from dfn_fast.runtime.machine import versions
+
+BORDER_METRICS = {"F-score": "f_score", "precision": "precision", "recall": "recall"}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :func:`evaluate` measured, and how. Metrics are fractions; nan where there was nothing to measure."""
+
+    dataset: str
+    split: str
+    images: int
+    total_images: int  # of the split; more than ``images`` where a limit was given
+    inference: str  # scales, flip and window in words
+    settings: dict[str, Any]  # the same as values
+    classes: tuple[str, ...]
+    mean_iou: float
+    mean_accuracy: float
+    pixel_accuracy: float
+    per_class_iou: tuple[float, ...]
+    pixel_share: tuple[float, ...]  # of each class among the labelled pixels
+    boundary_f_score: float | None  # None: not asked for
+    border: dict[str, float] | None  # threshold, precision, recall, f_score, width; None: not asked for
+    seconds: float
+
+    @property
+    def conditions(self) -> str:
+        """Split, number of images, scales, flip and window: what every number below must be read with."""
+        images = "1 image" if self.images == 1 else f"{self.images} images"
+        if self.images < self.total_images:
+            images = f"first {self.images} of {self.total_images} images"
+        return f"{self.dataset} {self.split}, {images}, {self.inference}"
+
+    def table(self) -> str:
+        """Text: a line a class, then a line a metric; each names its conditions, so it can be copied alone."""
+        summary = self.summary()
+        width = max(len(name) for name in (*self.classes, *summary))
+
+        def line(name: str, value: float, share: str = "") -> str:
+            return f"{name:<{width}}  {fraction(value):>6}  {share:>7}  {self.conditions}"
+
+        lines = [self.conditions, "", f"{'class':<{width}}  {'IoU':>6}  {'pixels':>7}"]
+        for name, iou, share in zip(self.classes, self.per_class_iou, self.pixel_share, strict=True):
+            lines.append(line(name, iou, f"{share:.2%}"))
+        lines += ["", *(line(name, value) for name, value in summary.items()), ""]
+        speed = f"{self.images / self.seconds:.2f} images/s with files and metrics, {self.seconds:.1f} s"
+        lines.append(f"{speed}: {self.conditions}")
+        return "\n".join(lines)
+
+    def summary(self) -> dict[str, float]:
+        """The metrics of the whole split by name."""
+        values = {
+            "mIoU": self.mean_iou,
+            "mean accuracy": self.mean_accuracy,
+            "pixel accuracy": self.pixel_accuracy,
+        }
+        if self.boundary_f_score is not None:
+            values["boundary F-score"] = self.boundary_f_score
+        if self.border is not None:
+            at = f"border network (width {self.border['width']:g}, threshold {self.border['threshold']:.2f})"
+            values |= {f"{at} {name}": self.border[key] for name, key in BORDER_METRICS.items()}
+        return values
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; None where a value is nan."""
+        return finite(
+            {
+                "conditions": self.conditions,
+                "dataset": self.dataset,
+                "split": self.split,
+                "images": self.images,
+                "total_images": self.total_images,
+                **self.settings,
+                "mean_iou": self.mean_iou,
+                "mean_accuracy": self.mean_accuracy,
+                "pixel_accuracy": self.pixel_accuracy,
+                "boundary_f_score": self.boundary_f_score,
+                "border": self.border,
+                "per_class_iou": dict(zip(self.classes, self.per_class_iou, strict=True)),
+                "pixel_share": dict(zip(self.classes, self.pixel_share, strict=True)),
+                "seconds": self.seconds,
+                "images_per_second": self.images / self.seconds,
+                "versions": versions(),
+            }
+        )
+
+
+def fraction(value: float) -> str:
+    return "absent" if math.isnan(value) else f"{value:.4f}"

@@ -1,0 +1,125 @@
+"""FastDFN: the network of :mod:`dfn_fast.network.reference`, the same to the outside and made fast.
+
+Parameters, their names, initialisation and checks are the reference's; what differs is which function runs a block:
+the operators of ``dfn_kernels`` and the exact savings of :mod:`dfn_fast.network.savings`.
+"""
+
+import torch
+import torch.nn.functional as F
+from dfn_kernels import channel_attention, upsample_add, upsample_cross_entropy, upsample_focal_loss
+from torch import Tensor, nn
+
+from dfn_fast.network.blocks import ChannelAttentionBlock, resize
+from dfn_fast.network.fused import FusedDFN
+from dfn_fast.network.losses import CrossEntropyLoss, SigmoidFocalLoss, dfn_loss, focal_loss
+from dfn_fast.network.recompute import recomputed
+from dfn_fast.network.reference import ReferenceDFN
+from dfn_fast.network.savings import Savings, gate_parameters, head_scores, rrb
+from dfn_fast.runtime.regions import region
+
+
+class FastDFN(ReferenceDFN):
+    """Discriminative Feature Network; a drop-in for the authors' ``DFN``. Arguments: :class:`ReferenceDFN`.
+
+    With our own criteria (``None``) losses are computed from the small scores: in training no score of the image's
+    size exists. A criterion that is given gets scores at the image's size, as with the authors' network.
+    ``savings`` says what is saved; replace it, ``model.savings = Savings(composed_head=False)``, to see what one gives.
+    """
+
+    savings = Savings()
+    memory = "off"  # what the backward pass computes again, see :mod:`dfn_fast.network.recompute`
+
+    def forward(
+        self,
+        data: Tensor,
+        label: Tensor | None = None,
+        aux_label: Tensor | None = None,
+        shares: Tensor | None = None,
+    ) -> Tensor:
+        """Normalised RGB ``[B, 3, H, W]`` -> log-probabilities ``[B, K, H, W]``; with both labels, the loss (eq. 7).
+
+        ``label`` ``[B, H, W]`` holds class ids, ``aux_label`` ``[B, H, W]`` is 1 on borders and 0 elsewhere; 255 is
+        ignored in both. H and W are at least 32. ``shares``: see :func:`dfn_fast.network.losses.dfn_loss`.
+        """
+        with region("backbone"):
+            stages = self.stages(data)
+        if label is None or aux_label is None:
+            last_only = self.savings.one_head and not self.training
+            score = self.smooth_scores(stages, last_only)[-1]
+            return F.log_softmax(resize(score, data.shape[2:]), dim=1)
+        smooth = self.smooth_scores(stages)
+        border = self.border_scores(stages) if self.has_border else []
+        with region("losses"):
+            return dfn_loss(smooth, border, label, aux_label, self.smooth_loss, self.border_loss, self.alpha, shares)
+
+    def fuse(self, *, return_border: bool = False, dtype: torch.dtype | None = None, plain: bool = False) -> FusedDFN:
+        """The inference network of the weights as they are now; arguments: :class:`FusedDFN`."""
+        return FusedDFN(self, return_border=return_border, dtype=dtype, plain=plain)
+
+    def smooth_loss(self, score: Tensor, label: Tensor) -> Tensor:
+        """``criterion`` of a small score ``[B, K, h, w]``, resized to the size of the labels (eq. 5)."""
+        criterion = self.criterion
+        if self.savings.fused_losses and type(criterion) is CrossEntropyLoss:
+            return upsample_cross_entropy(score, label, ignore_index=criterion.ignore_index)
+        return criterion(resize(score, label.shape[-2:]), label)
+
+    def border_loss(self, score: Tensor, target: Tensor) -> Tensor:
+        """``aux_criterion`` of a small score ``[B, 1, h, w]``, resized to the size of the targets (eq. 4 and 6)."""
+        criterion = self.aux_criterion
+        if self.savings.fused_losses and type(criterion) is SigmoidFocalLoss and criterion.formula is focal_loss:
+            settings = {name: getattr(criterion, name) for name in ("alpha", "gamma", "ignore_index")}
+            return upsample_focal_loss(score, target, **settings)
+        return criterion(resize(score, target.shape[-2:]), target)
+
+    def smooth_network(self, stages: list[Tensor], size: torch.Size) -> list[Tensor]:
+        return [resize(score, size) for score in self.smooth_scores(stages)]
+
+    def border_network(self, stages: list[Tensor], size: torch.Size) -> list[Tensor]:
+        return [resize(score, size) for score in self.border_scores(stages)]
+
+    def smooth_scores(self, stages: list[Tensor], last_only: bool = False) -> list[Tensor]:
+        """Section 3.1, from the highest stage to the lowest: scores ``[B, K, h, w]`` at the size of each stage."""
+        scores = []
+        with region("smooth global context"):
+            high = self.first_high(stages[-1])
+        for i, stage in enumerate(reversed(stages)):
+            with region(f"smooth stage 1/{32 >> i}"):
+                low = recomputed(self.memory, rrb, self.smooth_pre_rrbs[i], stage, self.savings)
+                low = self.attend(i, low, high)
+                high = recomputed(self.memory, rrb, self.smooth_aft_rrbs[i], low, self.savings)
+            head = self.smooth_heads[i]
+            if not isinstance(head, nn.Identity) and (i == 3 or not last_only):
+                with region(f"smooth head 1/{32 >> i}"):
+                    scores.append(recomputed(self.memory, head_scores, head, high, self.savings))
+        return scores
+
+    def attend(self, i: int, low: Tensor, high: Tensor) -> Tensor:
+        """Channel attention block ``i``, eq. 3: ``high``, at its own size, chooses channels of ``low``."""
+        if not len(self.cabs):
+            return self.add(low, high)
+        cab: ChannelAttentionBlock = self.cabs[i]  # type: ignore[assignment]
+        if not self.savings.channel_attention:
+            return cab(low, resize(high, low.shape[2:]))
+        return channel_attention(low, high.to(low.dtype), *gate_parameters(cab.channel_attention))
+
+    def add(self, low: Tensor, high: Tensor) -> Tensor:
+        """``low + resize(high)``."""
+        if not self.savings.upsample_add:
+            return low + resize(high, low.shape[2:])
+        return upsample_add(low, high.to(low.dtype))
+
+    def border_scores(self, stages: list[Tensor]) -> list[Tensor]:
+        """Section 3.2, from the lowest stage to the highest: scores ``[B, 1, h, w]``, all at the lowest one's size."""
+        scores = []
+        acc = None
+        for i, stage in enumerate(stages):
+            with region(f"border stage 1/{4 << i}"):
+                x = recomputed(self.memory, rrb, self.border_pre_rrbs[i], stage, self.savings, padded=True)
+                if acc is not None:
+                    x = self.add(acc, x)
+                    x = recomputed(self.memory, rrb, self.border_aft_rrbs[i], x, self.savings, padded=True)
+                acc = x
+            if not isinstance(self.border_heads[i], nn.Identity):
+                with region(f"border head {i + 1}"):
+                    scores.append(recomputed(self.memory, head_scores, self.border_heads[i], acc, self.savings))
+        return scores

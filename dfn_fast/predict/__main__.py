@@ -1,0 +1,122 @@
+"""``python -m dfn_fast.predict``: images, folders, videos or cameras -> label maps, overlays and a legend."""
+
+import argparse
+from pathlib import Path
+
+from dfn_fast import cli
+from dfn_fast.errors import ConfigError
+from dfn_fast.inference.loading import LoadedModel, load_model
+from dfn_fast.inference.options import add_inference_options, predictor_from
+from dfn_fast.media.images import write_image
+from dfn_fast.media.overlays import legend
+from dfn_fast.predict.jobs import described, jobs_for, require_writable
+from dfn_fast.predict.prediction import CUDA_BATCH, Prediction
+from dfn_fast.runtime.device import choose_device
+
+FORMATS = ("plain", "voc", "cityscapes")
+SERVER_CLASSES = {"voc": 21, "cityscapes": 19}
+
+EPILOG = """\
+--output-dir gets, for INPUT photos/ with photos/night/a.jpg:
+  night/a.png            class ids, with the data set's palette, at the image's size
+  night/a_overlay.png    the image with the classes' colours over it
+  night/a_border.png     with --border: probability of a border, 0..255
+  legend.png             colours and names of the classes
+An INPUT that is an image file gives NAME.png. One that ends in .txt holds a path a line, relative to its own folder or
+to the current one, and perhaps a tab or space and a label, which is not read.
+
+for INPUT trip.mp4 (.avi .mov .mkv .webm .m4v too; a folder's videos are left out), camera:0 or rtsp://host/front:
+  trip_overlay.mp4       the video with the classes' colours over it, without sound; camera_0_..., front_...
+  trip_frames/000000.png with --frames: class ids of each frame, frames.json when all are there; with --border
+                         000000_border.png too
+A camera or stream is recorded until Ctrl-C, or for --limit frames. Of a video whose end is missing, the frames that
+could be read give trip_overlay_truncated.mp4, and it counts as failed.
+
+An image or video that cannot be read is named and left out; the exit code is then 1. After an interruption the same
+command with --skip-existing does what is left; of a video with --frames it computes only the frames not there yet.
+
+--format voc           results/VOC2012/Segmentation/comp6_test_cls/ID.png and nothing else: `tar czf results.tgz
+                       results` there is what the server takes. comp6 is training with other data than VOC's, such as
+                       SBD and ImageNet: rename the folder comp5_test_cls where there was none
+--format cityscapes    CITY_SEQUENCE_FRAME_pred.png with label ids (not train ids), and nothing else
+
+examples:
+  python -m dfn_fast.predict runs/camvid/best.pth photos/ street.jpg --output-dir out
+  python -m dfn_fast.predict runs/camvid/best.pth trip.mp4 --frames --output-dir out
+  python -m dfn_fast.predict best.pth cityscapes/leftImg8bit/test --format cityscapes --flip --output-dir submission
+"""
+
+
+def parser() -> cli.Parser:
+    result = cli.Parser(
+        prog="python -m dfn_fast.predict",
+        usage="%(prog)s CHECKPOINT INPUT... --output-dir DIR [options]",
+        description="Segment images and videos of any size.",
+        epilog=EPILOG,
+    )
+    add = result.add_argument
+    add("checkpoint", metavar="CHECKPOINT", help="of ours, of DFN's authors, or safetensors")
+    add("inputs", nargs="+", metavar="INPUT", help="image, folder of images, .txt list, video, camera:N or stream")
+    add("--output-dir", type=Path, required=True, metavar="DIR", help="where the results go; made if missing")
+    add("--format", choices=FORMATS, default="plain", metavar="NAME", help="plain (default), voc, cityscapes")
+    add("--no-overlay", action="store_true", help="leave out the overlays")
+    add("--alpha", type=float, default=0.5, metavar="X", help="of the overlay's colours, 0..1 (default: 0.5)")
+    add("--border", action="store_true", help="write the border probabilities too")
+    add("--frames", action="store_true", help="write the label map of each frame of a video")
+    add("--limit", type=int, metavar="N", help="stop a video, camera or stream after N frames")
+    add("--skip-existing", action="store_true", help="leave out what has all its results; continues a run")
+    add(
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help=f"images of equal size that run at once (default: {CUDA_BATCH} on CUDA, 1 on a CPU)",
+    )
+    add_inference_options(result)
+    return result
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parser().parse_args(argv)
+    check_options(arguments)
+    jobs = jobs_for(arguments)
+    if arguments.skip_existing:
+        left = [job for job in jobs if not all(path.exists() for path in job.outputs)]
+        print(f"done already: {len(jobs) - len(left)} of {described(jobs)}")
+        if not left:
+            return 0
+        jobs = left
+    require_writable(arguments.output_dir)
+    loaded = load_model(arguments.checkpoint, choose_device(arguments.device))
+    check_model(loaded, arguments)
+    if arguments.format == "plain":
+        write_image(arguments.output_dir / "legend.png", legend(loaded.classes, loaded.palette))
+    predictor = predictor_from(arguments, loaded.model)
+    return Prediction(predictor, loaded.palette, arguments).run_all(jobs)
+
+
+def check_options(arguments: argparse.Namespace) -> None:
+    """Raises :class:`ConfigError` for values that no run can have."""
+    if not 0 <= arguments.alpha <= 1:
+        raise ConfigError(f"--alpha {arguments.alpha:g}: expected 0..1")
+    if arguments.border and arguments.format != "plain":
+        raise ConfigError(f"--border: the server takes no borders; leave out --format {arguments.format}")
+    for name in ("batch_size", "limit"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{cli.dashed(name)} {value}: expected 1 or more")
+
+
+def check_model(loaded: LoadedModel, arguments: argparse.Namespace) -> None:
+    """Raises :class:`ConfigError` where the network cannot give what the options ask for."""
+    expected = SERVER_CLASSES.get(arguments.format, len(loaded.classes))
+    if len(loaded.classes) != expected:
+        raise ConfigError(
+            f"--format {arguments.format} expects a network of {expected} classes, {arguments.checkpoint} has "
+            f"{len(loaded.classes)}; use --format plain, or a checkpoint trained on that data set"
+        )
+    if arguments.border and not loaded.model.has_border:
+        raise ConfigError(f"--border: {arguments.checkpoint} has no Border Network; leave the option out")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,210 @@
+"""What `predict` has to do: the images and videos of its INPUTs, and the files that come of each."""
+
+import argparse
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dfn_fast.errors import ConfigError, shortened
+from dfn_fast.media.listing import files_by_stem, read_lines
+from dfn_fast.media.video import VIDEO_SUFFIXES, is_live, is_video
+
+VOC_FOLDER = Path("results", "VOC2012", "Segmentation", "comp6_test_cls")
+
+
+@dataclass(frozen=True)
+class ImageJob:
+    """An image, and the files that come of it."""
+
+    source: str
+    label: Path
+    overlay: Path | None = None
+    border: Path | None = None
+
+    @property
+    def outputs(self) -> list[Path]:
+        return [path for path in (self.label, self.overlay, self.border) if path is not None]
+
+
+@dataclass(frozen=True)
+class VideoJob:
+    """A video, camera or stream, and what comes of it: a video, a folder of label maps, or both."""
+
+    source: str
+    overlay: Path | None
+    frames: Path | None
+
+    @property
+    def summary(self) -> Path | None:
+        """The number of frames, written after the last of them: the folder is complete where this file is."""
+        return self.frames and self.frames / "frames.json"
+
+    @property
+    def outputs(self) -> list[Path]:
+        return [path for path in (self.overlay, self.summary) if path is not None]
+
+    @property
+    def truncated(self) -> Path:
+        """Instead of ``overlay``, for the frames of a video whose end is missing."""
+        assert self.overlay is not None
+        return self.overlay.with_stem(f"{self.overlay.stem}_truncated")
+
+    def frame(self, number: int, border: bool) -> ImageJob:
+        """The files of a frame, of which ``frames`` is the folder."""
+        assert self.frames is not None
+        name = self.frames / f"{number:06d}.png"
+        return ImageJob(
+            f"{self.source}, frame {number}", name, border=name.with_stem(f"{name.stem}_border") if border else None
+        )
+
+
+Job = ImageJob | VideoJob
+
+
+def jobs_for(arguments: argparse.Namespace) -> list[Job]:
+    """The jobs that the command line asks for, in its order.
+
+    Raises :class:`ConfigError` for an INPUT that is not there, and where two results would have one name or a result
+    would replace an INPUT or the recording of a camera.
+    """
+    found = find_sources(arguments.inputs, arguments.output_dir)
+    jobs: list[Job] = [
+        (video_job if is_video(source) else image_job)(source, name, arguments) for source, name in found
+    ]
+    check_outputs(jobs, arguments.output_dir / "legend.png" if arguments.format == "plain" else None)
+    if not arguments.skip_existing:
+        for job in jobs:
+            if is_live(job.source) and any(path.exists() for path in job.outputs):
+                raise ConfigError(
+                    f"{job.source}: {job.outputs[0].parent} holds a recording of it, which cannot be made again; "
+                    "choose another --output-dir"
+                )
+    return jobs
+
+
+def described(jobs: Sequence[Job]) -> str:
+    """``"3 images"``, ``"1 video"``, or ``"4 images and videos"``."""
+    kinds = {"image" if isinstance(job, ImageJob) else "video" for job in jobs}
+    plural = "" if len(jobs) == 1 else "s"
+    return f"{len(jobs)} {' and '.join(kind + plural for kind in sorted(kinds or {'image'}))}"
+
+
+def find_sources(inputs: Iterable[str], output_dir: Path) -> list[tuple[str, str]]:
+    """The images and videos of the INPUTs, each with the name, perhaps with folders, that its results take.
+
+    A folder gives its images, not its videos. Files below ``output_dir`` are results of an earlier run, and left out.
+    Raises :class:`ConfigError` for an input that does not exist or holds no image.
+    """
+    sources: list[tuple[str, str]] = []
+    output = output_dir.resolve()
+    for text in inputs:
+        path = Path(text)
+        if is_live(text):
+            found = [(text, live_name(text))]
+        elif path.is_dir():
+            if path.resolve() == output:
+                raise ConfigError(
+                    f"--output-dir {output_dir} is an input folder; choose another, results are images too"
+                )
+            below = [(image, name) for name, image in files_by_stem(path, nested=True).items()]
+            found = [(str(image), name) for image, name in below if not image.resolve().is_relative_to(output)]
+        elif not path.is_file():
+            raise ConfigError(f"{path}: no such image, video, folder or list")
+        elif path.suffix.lower() == ".txt":
+            found = listed_sources(path)
+        else:
+            found = [(str(path), path.stem)]
+        if not found:
+            raise ConfigError(f"{path}: no image in it (of videos, each is an INPUT)")
+        sources += found
+    return sources
+
+
+def live_name(source: str) -> str:
+    """``camera:0`` -> ``camera_0``, ``rtsp://user@host:554/front?x=1`` -> ``front``, or the host where it is all."""
+    if source.startswith("camera:"):
+        return source.replace(":", "_")
+    *_, name = source.split("?")[0].rstrip("/").split("/")
+    name = name.split("@")[-1]
+    name = name.removesuffix(next((suffix for suffix in VIDEO_SUFFIXES if name.endswith(suffix)), ""))
+    return re.sub(r"[^\w.-]", "_", name).lstrip(".") or "stream"
+
+
+def listed_sources(path: Path) -> list[tuple[str, str]]:
+    """The images of a text file; a relative path is the result's name, of any other the file's name is."""
+    sources = []
+    for number, line in read_lines(path):
+        candidates = [line.split("\t")[0].strip(), line.split()[0]]  # a space may belong to the path or end it
+        found = ((c, folder / c) for c in candidates for folder in (path.parent, Path()) if os.path.isfile(folder / c))
+        text, image = next(found, (None, None))
+        if text is None or image is None:
+            raise ConfigError(
+                f"{path}:{number}: {shortened(candidates[0])} exists neither in {path.parent} nor in the current folder"
+            )
+        name = Path(text).with_suffix("")
+        keep = not name.is_absolute() and ".." not in name.parts
+        sources.append((str(image), name.as_posix() if keep else name.name))
+    return sources
+
+
+def image_job(image: str, name: str, arguments: argparse.Namespace) -> ImageJob:
+    folder = arguments.output_dir
+    if arguments.format == "voc":
+        return ImageJob(image, folder / VOC_FOLDER / f"{Path(name).name}.png")
+    if arguments.format == "cityscapes":
+        match = re.fullmatch(r"(.+_\d{6}_\d{6})(_leftImg8bit)?", Path(name).name)
+        if not match:
+            raise ConfigError(
+                f"{image}: --format cityscapes expects names like berlin_000000_000019_leftImg8bit.png, which tell the "
+                "server the frame; rename the file or use --format plain"
+            )
+        return ImageJob(image, folder / f"{match[1]}_pred.png")
+    return ImageJob(
+        image,
+        folder / f"{name}.png",
+        None if arguments.no_overlay else folder / f"{name}_overlay.png",
+        folder / f"{name}_border.png" if arguments.border else None,
+    )
+
+
+def video_job(source: str, name: str, arguments: argparse.Namespace) -> VideoJob:
+    if arguments.format != "plain":
+        raise ConfigError(f"{source}: the server takes no videos; leave out --format {arguments.format}")
+    if arguments.no_overlay and not arguments.frames:
+        raise ConfigError(f"{source}: --no-overlay leaves nothing to write of a video; add --frames for its label maps")
+    return VideoJob(
+        source,
+        None if arguments.no_overlay else arguments.output_dir / f"{name}_overlay.mp4",
+        arguments.output_dir / f"{name}_frames" if arguments.frames else None,
+    )
+
+
+def check_outputs(jobs: Sequence[Job], legend_file: Path | None) -> None:
+    """Raises :class:`ConfigError` where two results would have one name, or a result would replace an INPUT."""
+    remedy = "rename one, or give the folder above them as INPUT: its subfolders are kept"
+    owners = {} if legend_file is None else {legend_file.resolve(): "the legend"}
+    sources = {Path(job.source).resolve(): described([job]).split()[-1] for job in jobs if not is_live(job.source)}
+    for job in jobs:
+        for path in job.outputs:
+            place = path.resolve()
+            if place in owners:
+                raise ConfigError(f"{job.source} and {owners[place]} would both give {path}; {remedy}")
+            if place in sources:
+                raise ConfigError(
+                    f"{job.source}: its result {path} would replace a{'n' if sources[place] == 'image' else ''} "
+                    f"{sources[place]}; choose another --output-dir"
+                )
+            owners[place] = job.source
+
+
+def require_writable(folder: Path) -> None:
+    """Makes ``folder``; raises :class:`ConfigError` where nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(f"--output-dir {folder} cannot be written ({error.strerror}); choose another") from error

@@ -1,0 +1,80 @@
+"""How work is executed, in training and in inference: device, precision, compilation, deterministic algorithms."""
+
+import importlib.util
+import os
+import warnings
+from typing import Any
+
+import torch
+from dfn_kernels.fused_conv import onednn_takes_bf16
+
+from dfn_fast.errors import ConfigError
+from dfn_fast.runtime.processes import ALONE, World
+
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_device(name: str, world: World = ALONE) -> torch.device:
+    """``"auto"``: CUDA where there is one, else the CPU; a device that is not there is an error."""
+    name = world.device_name(name)
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"--device {name!r} is no device; write cuda, cuda:1, cpu or auto") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"--device {name}: PyTorch finds {torch.cuda.device_count()} CUDA devices here; use cpu or auto"
+        )
+    return device
+
+
+def choose_amp(name: str, device: torch.device) -> torch.dtype | None:
+    """The dtype of autocast, or None for float32."""
+    if name == "auto":
+        name = "bf16" if device.type == "cuda" or has_bf16_units() else "off"
+    if name == "fp16" and device.type == "cpu":
+        raise ConfigError("--amp fp16 needs a GPU; on a CPU use --amp bf16 or off")
+    if name == "bf16" and device.type == "cpu" and not onednn_takes_bf16():
+        warnings.warn("this CPU computes bf16 number by number, slower than float32: --amp off is faster", stacklevel=2)
+    return HALVES.get(name)
+
+
+def has_bf16_units() -> bool:
+    """Whether the CPU multiplies bf16 matrices in hardware (AMX): several times as fast as float32 then."""
+    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return bool(supported and supported())
+
+
+def choose_compile(choice: bool | None, device: torch.device) -> bool:
+    """None: on CUDA where there is a Triton to compile with; never on a CPU, where it slows training."""
+    if choice is None:
+        return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    return choice
+
+
+def inductor_options(**wanted: Any) -> dict[str, Any]:
+    """The ``options`` of ``torch.compile``: of those wanted, the ones that this version of PyTorch has."""
+    import torch._inductor  # not at the top: it takes a second, and most runs on a CPU never need it
+
+    if torch.are_deterministic_algorithms_enabled():
+        wanted["deterministic"] = True  # or it would choose among a GPU's kernels by timing them
+    return {name: value for name, value in wanted.items() if name in torch._inductor.list_options()}
+
+
+def choose_algorithms(deterministic: bool) -> None:
+    """Asks for deterministic algorithms, with a warning where there is none, or for the fastest ones.
+
+    To be called before the first product of matrices on a GPU: cuBLAS looks at its workspace's size then.
+    """
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+
+
+def has_bf16() -> bool:
+    """Whether this CPU computes in bf16, and does not just store it."""
+    names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return any(getattr(torch.cpu, name, lambda: False)() for name in names)

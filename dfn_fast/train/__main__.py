@@ -1,0 +1,78 @@
+"""``python -m dfn_fast.train``: options, the run, its summary and pictures."""
+
+import argparse
+
+from dfn_fast import cli
+from dfn_fast.checkpoint.archive import read_file
+from dfn_fast.config import TrainConfig
+from dfn_fast.runtime.processes import Agent, World, processes
+from dfn_fast.runtime.signals import Stopped, StopRequest
+from dfn_fast.train.folder import RunFolder, default_folder
+from dfn_fast.train.options import new_config, parser, resumed_config
+from dfn_fast.train.report import draw, summarise
+from dfn_fast.train.run import Run
+from dfn_fast.trainer.finite import NonFiniteLoss
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parser().parse_args(argv)
+    with StopRequest() as stop, processes() as world:
+        run = begin(arguments, stop, world)
+        if arguments.profile and world.is_first:
+            run.profile_steps()
+        folder = run.folder
+        try:
+            run.train()
+        except Stopped:
+            print(f"stopped at iteration {run.position.iteration} of {run.iterations}, saved in {folder.last}")
+            print(f"continue: python -m dfn_fast.train {run.config.recipe} --resume --output-dir {folder.path}")
+            return stop.exit_code if stop.requested else 0
+        except NonFiniteLoss as error:
+            raise NonFiniteLoss(f"{error} (the last finite checkpoint is {folder.last})") from error
+    return finish(run) if world.is_first else 0
+
+
+def begin(arguments: argparse.Namespace, stop: StopRequest, world: World) -> Run:
+    """The run that the options ask for, new or where it stopped, its folder being there.
+
+    One that torchrun starts again, after a worker died, goes on from its own last checkpoint, asked to resume or not.
+    """
+    agent = Agent()
+
+    def choose() -> tuple[RunFolder, TrainConfig, bool]:
+        begun = agent.folder()
+        given = getattr(arguments, "output_dir", None)
+        folder = RunFolder(begun or given or default_folder(arguments.recipe or "synthetic", arguments.resume))
+        config = resumed_config(folder.config(), arguments) if arguments.resume else new_config(arguments)
+        if not arguments.resume and begun is None:
+            folder.require_no_run()
+        return folder, config, begun is not None
+
+    folder, config, begun = world.from_first(choose)
+    run = Run(config, folder, stop, arguments.stop_after, world)
+    if arguments.resume or begun:
+        run.resume()
+    else:
+        world.from_first(lambda: folder.start(config))
+    if begun:
+        print(f"started again by torchrun: {folder.path} goes on from iteration {run.position.iteration}")
+    if world.is_first:
+        agent.keep(folder.path)
+    return run
+
+
+def finish(run: Run) -> int:
+    """summary.json and the pictures, from the best checkpoint."""
+    best = run.folder.best if run.folder.best.exists() else run.folder.last
+    network = run.trainer.network(read_file(best)["model"])
+    draw(run.trainer, network, run.val_set, run.folder)
+    run.folder.write_summary(summarise(run.trainer, run.position, run.val_set, run.images_per_second, str(best)))
+    print(
+        f"{run.config.val_split} mIoU {run.position.last_mean_iou:.4f} (best {run.position.best_mean_iou:.4f}): "
+        f"checkpoint, summary.json, curves.png and predictions.png are in {run.folder.path}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

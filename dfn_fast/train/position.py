@@ -1,0 +1,19 @@
+"""How far a run is: its position, and the random generators, whose state it continues from bit by bit."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Position:
+    """How far a run is: what a checkpoint keeps besides the trainer's state."""
+
+    epoch: int = 0
+    step: int = 0  # optimiser steps done in this epoch
+    iteration: int = 0  # optimiser steps done in the run
+    loss_sum: float = 0.0  # over this epoch's steps
+    seconds: float = 0.0  # of training, without validation
+    best_mean_iou: float = -1.0
+    last_mean_iou: float = -1.0
+    per_class_iou: list[float] = field(default_factory=list)
+    skipped_steps: int = 0  # in the run, as their gradients overflowed fp16
+    skipped_in_a_row: int = 0  # up to now

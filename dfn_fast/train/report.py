@@ -1,0 +1,99 @@
+"""What a training run shows: validation, pictures, summary, TensorBoard."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from dfn_fast.data.base import SegmentationDataset
+from dfn_fast.errors import ConfigError
+from dfn_fast.evaluate.evaluation import evaluate
+from dfn_fast.evaluate.report import Report
+from dfn_fast.inference.predictor import Predictor
+from dfn_fast.network.reference import ReferenceDFN
+from dfn_fast.runtime.machine import device_name, peak_memory_bytes, versions
+from dfn_fast.runtime.signals import StopRequest
+from dfn_fast.train.folder import RunFolder, naming
+from dfn_fast.train.pictures import plot_curves, prediction_sheet
+from dfn_fast.train.position import Position
+from dfn_fast.trainer.trainer import Trainer
+
+SHEET_ROWS = 4
+
+
+def predictor_of(trainer: Trainer, network: ReferenceDFN) -> Predictor:
+    """``network``, at one scale, no flip, whole images, in the precision of the training."""
+    amp = {torch.bfloat16: "bf16", torch.float16: "fp16", None: "off"}[trainer.amp]
+    return Predictor(network, device=trainer.device, amp=amp)
+
+
+def validate(trainer: Trainer, dataset: SegmentationDataset, stop: StopRequest) -> Report:
+    """Metrics of the network as it stands. Raises ``Stopped`` between two images on request."""
+    predictor = predictor_of(trainer, trainer.network())
+    return evaluate(predictor, dataset, boundary=False, on_image=stop.raise_if_requested, world=trainer.world)
+
+
+def draw(trainer: Trainer, network: ReferenceDFN, dataset: SegmentationDataset, folder: RunFolder) -> None:
+    """curves.png, and predictions.png for a few images spread over the split."""
+    with naming(folder.path / "curves.png"):
+        plot_curves(folder.metrics(), folder.path / "curves.png")
+    predictor = predictor_of(trainer, network)
+    rows = []
+    for index in np.unique(np.linspace(0, len(dataset) - 1, SHEET_ROWS).astype(int)):
+        sample = dataset[int(index)]
+        border = predictor.border(sample.image) if network.has_border else None
+        rows.append((sample.image, sample.label, predictor(sample.image), border))
+    with naming(folder.path / "predictions.png"):
+        prediction_sheet(rows, dataset.classes, dataset.palette, folder.path / "predictions.png")
+
+
+def summarise(
+    trainer: Trainer, position: Position, dataset: SegmentationDataset, images_per_second: float, checkpoint: str
+) -> dict[str, Any]:
+    """The content of summary.json; mIoU as fractions, seconds of training without validation."""
+    return {
+        "best_mean_iou": position.best_mean_iou,
+        "last_mean_iou": position.last_mean_iou,
+        "per_class_iou": dict(zip(dataset.classes, position.per_class_iou, strict=True)),
+        "images_per_second": images_per_second,
+        "seconds": position.seconds,
+        "iterations": position.iteration,
+        "skipped_steps": position.skipped_steps,
+        "peak_memory_bytes": peak_memory_bytes(trainer.device),
+        "split": f"{dataset.name} {dataset.split}",
+        "scales": [1.0],
+        "flip": False,
+        "window": None,
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "versions": versions(),
+        "device": device_name(trainer.device),
+        "execution": trainer.execution(),
+        "checkpoint": checkpoint,
+    }
+
+
+class TensorBoard:
+    """Scalars to TensorBoard where the run asks for it; a context manager that closes the file."""
+
+    def __init__(self, folder: Any, enabled: bool):
+        self.writer = None
+        if enabled:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise ConfigError("--tensorboard needs the package: pip install tensorboard") from error
+            self.writer = SummaryWriter(str(folder))
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Every number of a line of metrics.jsonl."""
+        if self.writer is not None:
+            for name, value in record.items():
+                if isinstance(value, float):
+                    self.writer.add_scalar(f"{record['kind']}/{name}", value, record["iteration"])
+
+    def __enter__(self) -> "TensorBoard":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.writer is not None:
+            self.writer.close()

@@ -1,0 +1,105 @@
+"""The network, its parameter groups and its loss, from a TrainConfig."""
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from dfn_fast.checkpoint.weights import load_weights
+from dfn_fast.config import TrainConfig
+from dfn_fast.data.normalize import normalize, scale_and_shift
+from dfn_fast.errors import ConfigError
+from dfn_fast.network.fast import FastDFN
+from dfn_fast.network.losses import SigmoidFocalLoss
+from dfn_fast.network.recompute import set_recompute
+from dfn_fast.network.reference import ReferenceDFN
+from dfn_fast.runtime.device import choose_compile, choose_device, inductor_options
+from dfn_fast.runtime.processes import ALONE, World
+from dfn_fast.trainer.parallel import norm_layer
+
+
+def compiles(config: TrainConfig, device: torch.device) -> bool:
+    """Whether steps are compiled; those of FSDP, which gathers weights in their midst, are not."""
+    return choose_compile(config.compile, device) and not config.fsdp
+
+
+def build_model(config: TrainConfig, num_classes: int, world: World = ALONE) -> ReferenceDFN:
+    """The network of ``config``, with ImageNet or DFN weights where it asks for them."""
+    focal = SigmoidFocalLoss(config.focal_alpha, config.focal_gamma, torchseg=config.focal == "torchseg")
+    network = FastDFN if config.model == "fast" else ReferenceDFN
+    device = choose_device(config.device, world)
+    native = device.type == "cuda" and not compiles(config, device)
+    model = network(
+        num_classes,
+        aux_criterion=focal,
+        alpha=config.border_weight,
+        pretrained_model=config.pretrained,
+        norm_layer=norm_layer(world, native),
+        **config.network_arguments(),
+    )
+    if config.memory != "off":
+        set_recompute(model, config.memory)
+    if config.weights is not None:
+        mismatch = load_weights(model, config.weights, strict=config.strict)
+        if mismatch:
+            print(f"{config.weights}: loaded what fits; {mismatch}", file=sys.stderr)
+    return model
+
+
+def parameter_groups(model: ReferenceDFN, config: TrainConfig) -> list[dict[str, Any]]:
+    """Groups for SGD: backbone and new layers, each with its weights apart from its norm layers and biases."""
+    groups = []
+    for modules, factor in (([model.backbone], 1.0), (model.business_layer, config.new_layer_lr)):
+        weights: list[Tensor] = []
+        others: list[Tensor] = []
+        for module in (m for top in modules for m in top.modules()):
+            for name, parameter in module.named_parameters(recurse=False):
+                plain = isinstance(module, _BatchNorm) or name == "bias"
+                (others if plain else weights).append(parameter)
+        groups.append({"params": weights, "lr_factor": factor, "weight_decay": config.weight_decay})
+        decay = config.weight_decay if config.decay_norm_and_bias else 0.0
+        groups.append({"params": others, "lr_factor": factor, "weight_decay": decay})
+    return groups
+
+
+def poly(iteration: int, iterations: int, power: float) -> float:
+    """The poly policy's factor of the learning rate at ``iteration`` (from 0)."""
+    return (1 - iteration / iterations) ** power
+
+
+def require_possible(config: TrainConfig, world: World) -> None:
+    """Raises :class:`ConfigError` where an option does not go with the number of processes."""
+    if config.fsdp and world.size == 1:
+        raise ConfigError(
+            "--fsdp deals weights out to several processes, and this is one; start it with torchrun, or add --no-fsdp"
+        )
+    if config.cuda_graph and world.size > 1:
+        raise ConfigError("--cuda-graph records the work of one process alone; leave it out with several")
+
+
+class TrainingLoss(nn.Module):
+    """The forward pass of a step as one function, which ``torch.compile`` makes one graph of.
+
+    uint8 images ``[B, 3, H, W]``, labels and border targets ``[B, H, W]`` -> the loss, a scalar; ``shares``: see
+    :func:`dfn_fast.network.losses.dfn_loss`. ``dtype`` is that of the normalised images, the one that autocast would
+    convert them to anyway.
+    """
+
+    def __init__(self, model: ReferenceDFN, device: torch.device, dtype: torch.dtype):
+        super().__init__()
+        self.model, self.dtype = model, dtype
+        # Inputs of the compiled graph: built inside it they would be copied to the device, waiting, at every step.
+        self.constants = scale_and_shift(device, torch.float64 if dtype == torch.float64 else torch.float32)
+
+    def forward(self, images: Tensor, labels: Tensor, borders: Tensor, shares: Tensor | None = None) -> Tensor:
+        return self.model(normalize(images, self.dtype, self.constants), labels, borders, shares)
+
+
+def compile_loss(loss: TrainingLoss) -> nn.Module:
+    """``loss`` compiled for one shape of batch, as a single graph: a break in it would be an error."""
+    # Without it Inductor leaves channels_last where any 3x3 convolution has half as many outputs as inputs or fewer, as
+    # the composed convolution of a head does.
+    options = inductor_options(force_layout_optimization=True)
+    return torch.compile(loss, fullgraph=True, dynamic=False, options=options)  # type: ignore[return-value]
