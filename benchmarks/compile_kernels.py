@@ -29,9 +29,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dfn_kernels._compile import CompileCase, operators
-
 from benchmarks.ptx_accesses import UNTRACED, operand_accesses
+from dfn_kernels.common.compile_cases import CompileCase, operators
 
 KIB = 1024
 TARGETS = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "gfx942": "gfx942"}

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from dfn_kernels.fused_conv import onednn_takes_bf16
 from torch import Tensor
+
+from dfn_kernels.common.cpu import onednn_takes_bf16
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Without it a CPU multiplies bfloat16 numbers one by one, hundreds of times as slowly as float32.

@@ -249,9 +249,8 @@ def main() -> int:
     os.environ["DFN_KERNELS"] = "triton"
     if options.dry_run:
         os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
-    from dfn_kernels import tuning
-
     from benchmarks import measure, operator_cases
+    from dfn_kernels import tuning
 
     if measure.DEVICE.type != "cuda" and not options.dry_run:
         parser.error("the search needs a GPU; --dry-run shows that it works")

@@ -14,8 +14,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from dfn_kernels import conv3x3
-from dfn_kernels.fused_conv import Packed, fused_conv
 from torch import Tensor
 
 from benchmarks import figures, machine, measure
@@ -23,6 +21,8 @@ from benchmarks.figures import Work
 from benchmarks.machine import name_of
 from benchmarks.measure import DEVICE
 from benchmarks.roofline import Layer, Network, total_flops
+from dfn_kernels import conv3x3
+from dfn_kernels.convolution.fused_conv import Packed, fused_conv
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.usefixtures("cudnn_by_trial")]
 CPU = DEVICE.type == "cpu"

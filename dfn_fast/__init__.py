@@ -7,6 +7,15 @@ from dfn_fast.network.fast import FastDFN
 from dfn_fast.network.fused import FusedDFN
 from dfn_fast.network.reference import ReferenceDFN
 from dfn_fast.network.savings import Savings
-from dfn_fast.version import __version__ as __version__
+from dfn_fast.version import __version__
 
-__all__ = ["FastDFN", "FusedDFN", "Predictor", "ReferenceDFN", "Savings", "load_model", "load_weights"]
+__all__ = [
+    "FastDFN",
+    "FusedDFN",
+    "Predictor",
+    "ReferenceDFN",
+    "Savings",
+    "__version__",
+    "load_model",
+    "load_weights",
+]

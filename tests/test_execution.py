@@ -25,7 +25,7 @@ def test_a_cpu_that_has_no_bf16_is_named_where_it_is_asked_for_it(monkeypatch):
 
 def test_a_cpu_takes_bf16_by_itself_only_with_matrix_units(monkeypatch):
     for units, expected in ((True, torch.bfloat16), (False, None)):
-        monkeypatch.setattr(execution, "has_bf16_units", lambda units=units: units)
+        monkeypatch.setattr(execution, "has_amx", lambda units=units: units)
         monkeypatch.setattr(execution, "onednn_takes_bf16", lambda: True)
         assert choose_amp("auto", CPU) == expected
 

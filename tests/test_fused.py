@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from dfn_kernels import tuning
 from networks import VARIANT_NAMES, VARIANTS, batch, random_dfn
 from torch import nn
 
@@ -21,6 +20,7 @@ from dfn_fast.data.registry import build_dataset
 from dfn_fast.network.blocks import resize
 from dfn_fast.network.fused import Convolution, FusedDFN
 from dfn_fast.trainer.trainer import Trainer
+from dfn_kernels import tuning
 
 STEPS = 60
 
@@ -206,7 +206,7 @@ def test_on_a_gpu(dtype):
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("relu", [False, True])
 def test_fused_conv_on_a_gpu(residual, relu):
-    from dfn_kernels.fused_conv import fused_conv, fused_conv_ref
+    from dfn_kernels.convolution.fused_conv import fused_conv, fused_conv_ref
 
     torch.manual_seed(0)
     x = torch.randn(2, 64, 33, 47, device="cuda", dtype=torch.bfloat16)
@@ -223,7 +223,7 @@ def test_fused_conv_on_a_gpu(residual, relu):
 
 @pytest.mark.parametrize("one_layout", [True, False])
 def test_a_weight_is_kept_for_few_sizes_however_many_come(monkeypatch, one_layout):
-    from dfn_kernels import fused_conv as module
+    from dfn_kernels.convolution import fused_conv as module
 
     monkeypatch.setattr(module, "LAYOUT_SERVES_ALL_SIZES", one_layout)
     torch.manual_seed(0)
@@ -238,10 +238,10 @@ def test_a_weight_is_kept_for_few_sizes_however_many_come(monkeypatch, one_layou
 @pytest.mark.parametrize("cpu", ["this one", "without bf16"])
 def test_fused_conv_on_a_cpu(monkeypatch, cpu):
     """Each combination of bias, residual and ReLU, in both precisions that oneDNN serves, against float64."""
-    from dfn_kernels.fused_conv import Packed, fused_conv, fused_conv_ref
+    from dfn_kernels.convolution.fused_conv import Packed, fused_conv, fused_conv_ref
 
     if cpu != "this one":
-        monkeypatch.setattr("dfn_kernels.fused_conv.onednn_takes_bf16", lambda: False)
+        monkeypatch.setattr("dfn_kernels.convolution.fused_conv.onednn_takes_bf16", lambda: False)
     torch.manual_seed(0)
     for dtype in (torch.float32, torch.bfloat16):
         for has_bias, residual, relu in [(b, r, a) for b in (0, 1) for r in (0, 1) for a in (False, True)]:

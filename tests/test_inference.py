@@ -266,7 +266,7 @@ def test_auto_takes_bf16_where_the_processor_has_it_and_labels_keep(picture, mon
             head.weight.copy_(torch.randn_like(head.weight[:1]) * (1 + 1e-4 * torch.randn_like(head.weight)))
     else:
         model.smooth_heads[3].conv.bias.data = torch.tensor([0.0, 5.0, 0.0])
-    monkeypatch.setattr(inference, "has_bf16", lambda: supported)
+    monkeypatch.setattr(inference, "has_bf16_arithmetic", lambda: supported)
     predictor = Predictor(model)
     labels = predictor(image)
     took = supported and not changes

@@ -6,7 +6,6 @@ import itertools
 
 import pytest
 import torch
-from dfn_kernels import tuning
 from networks import SMALL, VARIANT_NAMES, VARIANTS, batch, random_dfn
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dfn_fast import FastDFN, ReferenceDFN, Savings
 from dfn_fast.network import savings
 from dfn_fast.network.losses import CrossEntropyLoss, SigmoidFocalLoss
+from dfn_kernels import tuning
 
 NONE = Savings.none()
 ALONE = {

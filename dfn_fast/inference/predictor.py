@@ -30,7 +30,6 @@ from typing import Any, overload
 import cv2
 import numpy as np
 import torch
-from dfn_kernels import multiscale_argmax, resize_normalize
 from torch import Tensor
 
 from dfn_fast.data.normalize import IMAGENET_MEAN, IMAGENET_STD, normalize
@@ -42,8 +41,10 @@ from dfn_fast.network.blocks import resize
 from dfn_fast.network.fused import FusedDFN
 from dfn_fast.network.losses import at_least_float32
 from dfn_fast.network.reference import ReferenceDFN
-from dfn_fast.runtime.device import HALVES, has_bf16, inductor_options
+from dfn_fast.runtime.device import HALVES, inductor_options
 from dfn_fast.runtime.graph_cache import CudaGraphs, GraphCache
+from dfn_kernels import multiscale_argmax, resize_normalize
+from dfn_kernels.common.cpu import has_bf16_arithmetic
 
 PRESETS = ("mean", "torchseg")
 AMP_DTYPES = {"off": None, **HALVES}
@@ -318,7 +319,7 @@ class Predictor:
                 self.amp = "off"
             elif self.device.type == "cuda":
                 self._take("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "off")
-            elif not has_bf16():
+            elif not has_bf16_arithmetic():
                 self.amp = "off"
             elif images is not None:
                 self.amp = "off"

@@ -6,7 +6,6 @@ the operators of ``dfn_kernels`` and the exact savings of :mod:`dfn_fast.network
 
 import torch
 import torch.nn.functional as F
-from dfn_kernels import channel_attention, upsample_add, upsample_cross_entropy, upsample_focal_loss
 from torch import Tensor, nn
 
 from dfn_fast.network.blocks import ChannelAttentionBlock, resize
@@ -16,6 +15,7 @@ from dfn_fast.network.recompute import recomputed
 from dfn_fast.network.reference import ReferenceDFN
 from dfn_fast.network.savings import Savings, gate_parameters, head_scores, rrb
 from dfn_fast.runtime.regions import region
+from dfn_kernels import channel_attention, upsample_add, upsample_cross_entropy, upsample_focal_loss
 
 
 class FastDFN(ReferenceDFN):

@@ -1,8 +1,8 @@
 """FusedDFN: the inference network of a DFN, with its weights folded and composed once.
 
 Batch norms are folded into the convolutions before them, in float64; convolution, bias, ReLU and residual are one call
-(:func:`dfn_kernels.fused_conv.fused_conv`); of the heads only the stride-4 one is there, and the Border Network only
-where it is asked for. The savings of :mod:`dfn_fast.network.savings` are made on the weights when the network is built.
+(:func:`dfn_kernels.fused_conv`); of the heads only the stride-4 one is there, and the Border Network only if it is
+asked for. The savings of :mod:`dfn_fast.network.savings` are made on the weights when the network is built.
 """
 
 import copy
@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from dfn_kernels import channel_attention, upsample_add
-from dfn_kernels.fused_conv import Packed, fused_conv, fused_conv_ref
 from torch import Tensor, nn
 
 from dfn_fast.network.backbone import BasicBlock, Bottleneck, check_images
 from dfn_fast.network.blocks import ChannelAttentionBlock, Head, RefinementResidualBlock, SqueezeGate, resize
 from dfn_fast.network.reference import ReferenceDFN
 from dfn_fast.network.savings import can_pad, compose, compose_last, gate_parameters, pad, round_up
+from dfn_kernels import channel_attention, upsample_add
+from dfn_kernels.convolution.fused_conv import Packed, fused_conv, fused_conv_ref
 
 PADDED_TO = 8  # channels that tensor cores and vector units want; 189, 21 and 9 are none
 

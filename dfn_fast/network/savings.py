@@ -8,12 +8,12 @@ Forward hooks of the convolutions inside a block are not called.
 from dataclasses import dataclass
 
 import torch.nn.functional as F
-from dfn_kernels import conv3x3
-from dfn_kernels._backend import full_precision
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from dfn_fast.network.blocks import Head, RefinementResidualBlock, SqueezeGate
+from dfn_kernels import conv3x3
+from dfn_kernels.common.backend import full_precision
 
 TENSOR_CORE_CHANNELS = 8  # channel counts that the tensor cores of a GPU want are multiples of this, in half precision
 

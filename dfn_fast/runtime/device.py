@@ -6,10 +6,10 @@ import warnings
 from typing import Any
 
 import torch
-from dfn_kernels.fused_conv import onednn_takes_bf16
 
 from dfn_fast.errors import ConfigError
 from dfn_fast.runtime.processes import ALONE, World
+from dfn_kernels.common.cpu import has_amx, onednn_takes_bf16
 
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -33,18 +33,12 @@ def choose_device(name: str, world: World = ALONE) -> torch.device:
 def choose_amp(name: str, device: torch.device) -> torch.dtype | None:
     """The dtype of autocast, or None for float32."""
     if name == "auto":
-        name = "bf16" if device.type == "cuda" or has_bf16_units() else "off"
+        name = "bf16" if device.type == "cuda" or has_amx() else "off"
     if name == "fp16" and device.type == "cpu":
         raise ConfigError("--amp fp16 needs a GPU; on a CPU use --amp bf16 or off")
     if name == "bf16" and device.type == "cpu" and not onednn_takes_bf16():
         warnings.warn("this CPU computes bf16 number by number, slower than float32: --amp off is faster", stacklevel=2)
     return HALVES.get(name)
-
-
-def has_bf16_units() -> bool:
-    """Whether the CPU multiplies bf16 matrices in hardware (AMX): several times as fast as float32 then."""
-    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return bool(supported and supported())
 
 
 def choose_compile(choice: bool | None, device: torch.device) -> bool:
@@ -72,9 +66,3 @@ def choose_algorithms(deterministic: bool) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.benchmark = not deterministic
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
-
-
-def has_bf16() -> bool:
-    """Whether this CPU computes in bf16, and does not just store it."""
-    names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    return any(getattr(torch.cpu, name, lambda: False)() for name in names)

@@ -11,17 +11,20 @@ argument's for another shape, dtype or device. Environment variables, read at ea
   cuda:0, ...: CUDA error: an illegal memory access was encountered".
 """
 
-from dfn_kernels.channel_attention import channel_attention
-from dfn_kernels.conv3x3 import conv3x3
-from dfn_kernels.cross_entropy import upsample_cross_entropy
-from dfn_kernels.focal_loss import upsample_focal_loss
-from dfn_kernels.multiscale import multiscale_argmax
-from dfn_kernels.preprocess import resize_normalize
-from dfn_kernels.upsample_add import upsample_add
+from dfn_kernels.attention.channel_attention import channel_attention
+from dfn_kernels.attention.upsample_add import upsample_add
+from dfn_kernels.convolution.conv3x3 import conv3x3
+from dfn_kernels.convolution.fused_conv import Packed, fused_conv
+from dfn_kernels.images.multiscale_argmax import multiscale_argmax
+from dfn_kernels.images.resize_normalize import resize_normalize
+from dfn_kernels.losses.cross_entropy import upsample_cross_entropy
+from dfn_kernels.losses.focal_loss import upsample_focal_loss
 
 __all__ = [
+    "Packed",
     "channel_attention",
     "conv3x3",
+    "fused_conv",
     "multiscale_argmax",
     "resize_normalize",
     "upsample_add",

@@ -9,18 +9,19 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-import dfn_kernels as ops
 import torch
-from dfn_kernels._triton import MISSING
-from dfn_kernels.channel_attention import channel_attention_ref
-from dfn_kernels.conv3x3 import conv3x3_ref
-from dfn_kernels.cross_entropy import upsample_cross_entropy_ref
-from dfn_kernels.focal_loss import upsample_focal_loss_ref
-from dfn_kernels.fused_conv import Packed, fused_conv, fused_conv_ref
-from dfn_kernels.multiscale import multiscale_argmax_ref
-from dfn_kernels.preprocess import resize_normalize_ref
-from dfn_kernels.upsample_add import upsample_add_ref
 from torch import Tensor
+
+import dfn_kernels as ops
+from dfn_kernels.attention.channel_attention import channel_attention_ref
+from dfn_kernels.attention.upsample_add import upsample_add_ref
+from dfn_kernels.common.triton_or_stub import MISSING
+from dfn_kernels.convolution.conv3x3 import conv3x3_ref
+from dfn_kernels.convolution.fused_conv import Packed, fused_conv, fused_conv_ref
+from dfn_kernels.images.multiscale_argmax import multiscale_argmax_ref
+from dfn_kernels.images.resize_normalize import resize_normalize_ref
+from dfn_kernels.losses.cross_entropy import upsample_cross_entropy_ref
+from dfn_kernels.losses.focal_loss import upsample_focal_loss_ref
 
 
 class Problem(NamedTuple):

@@ -8,13 +8,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import dfn_kernels
 import pytest
 import torch
-from dfn_kernels import _backend
-from dfn_kernels._triton import MISSING
 from every_operator import differences, problems
 from parity import DEVICE
+
+import dfn_kernels
+from dfn_kernels.common import backend as _backend
+from dfn_kernels.common.triton_or_stub import MISSING
 
 ROOT = Path(__file__).resolve().parents[2]
 REASON = "No module named 'triton'"

@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import dfn_kernels
 import pytest
+
+import dfn_kernels
 from dfn_kernels import tuning
-from dfn_kernels._compile import operators
+from dfn_kernels.common.compile_cases import operators
 
 pytest.importorskip("triton", reason="compiles with Triton")
 
@@ -166,8 +167,8 @@ import sys
 from pathlib import Path
 
 from benchmarks.compile_kernels import compile_case
-from dfn_kernels._compile import CompileCase
-from dfn_kernels._triton import tl, triton
+from dfn_kernels.common.compile_cases import CompileCase
+from dfn_kernels.common.triton_or_stub import tl, triton
 
 
 @triton.jit
@@ -292,7 +293,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.compile_kernels import compile_case
-from dfn_kernels._compile import operators
+from dfn_kernels.common.compile_cases import operators
 
 
 def with_ones(case):

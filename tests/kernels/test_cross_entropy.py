@@ -6,12 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from allocations import Allocations
-from dfn_kernels._upsample_loss_triton import gradient_shape
-from dfn_kernels.cross_entropy import upsample_cross_entropy, upsample_cross_entropy_ref
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loss_problems import gradient
 from parity import DEVICE, DTYPES, assert_no_worse_than, random_like
+
+from dfn_kernels.losses.cross_entropy import upsample_cross_entropy, upsample_cross_entropy_ref
+from dfn_kernels.losses.upsample_loss_triton import gradient_shape
 
 # Rows and the columns between two small columns cost time in the interpreter; width and classes do not.
 SHAPES = [

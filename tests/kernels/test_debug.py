@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from dfn_kernels import _backend
 from every_operator import Problem, convolutions, problems, results
 from parity import DEVICE
+
+from dfn_kernels.common import backend as _backend
 
 
 def with_valid_labels(problem: Problem) -> Problem:
@@ -110,7 +111,7 @@ def test_errors_that_callers_tell_apart_stay_what_they_are(monkeypatch, debug, e
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(sys.modules["dfn_kernels.upsample_add"], "resize_torch", fail)  # not the function
+    monkeypatch.setattr("dfn_kernels.attention.upsample_add.resize_torch", fail)
     problem = EVERY["upsample_add"]
     with pytest.raises(type(error)) as raised:
         problem.operator(*problem.inputs)

@@ -5,13 +5,15 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from dfn_kernels import multiscale, tuning
-from dfn_kernels.multiscale import multiscale_argmax, multiscale_argmax_ref
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from parity import DEVICE, DTYPES
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from dfn_kernels import tuning
+from dfn_kernels.images import multiscale_argmax as multiscale
+from dfn_kernels.images.multiscale_argmax import multiscale_argmax, multiscale_argmax_ref
 
 # Batch, classes, sizes of the maps, which of them are flipped, the full size.
 SHAPES = [

@@ -4,13 +4,14 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from dfn_kernels import preprocess
-from dfn_kernels.preprocess import resize_normalize, resize_normalize_ref
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from parity import DEVICE, DTYPES
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from dfn_kernels.images import resize_normalize as preprocess
+from dfn_kernels.images.resize_normalize import resize_normalize, resize_normalize_ref
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -49,7 +49,7 @@ def test_the_parity_run_is_right(backend, dtype, monkeypatch, capsys):
 
 
 def test_the_parity_run_tells_a_wrong_result(monkeypatch, capsys):
-    module = sys.modules["dfn_kernels.upsample_add"]  # not the function of that name
+    module = sys.modules["dfn_kernels.attention.upsample_add"]  # not the function of that name
     monkeypatch.setattr(module, "nhwc", lambda x: x.flip(-1))
     assert sanitizer_run.main(DEVICE, (torch.float32,)) == len(sanitizer_run.ODD)
     assert "WRONG upsample_add" in capsys.readouterr().out

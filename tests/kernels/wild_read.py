@@ -1,9 +1,10 @@
 """A script that fails: upsample_add reads far behind the end of ``high``, and an innocent operator comes after it."""
 
 import torch
-from dfn_kernels import _upsample_add_triton as kernels
-from dfn_kernels import upsample_add
 from torch import Tensor
+
+from dfn_kernels import upsample_add
+from dfn_kernels.attention import upsample_add_triton as kernels
 
 
 class Shorter:

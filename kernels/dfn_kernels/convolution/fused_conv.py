@@ -1,9 +1,9 @@
 """Convolution of an inference network: ``out = relu(conv(x, weight) + bias + residual)``, in one pass over ``out``.
 
 Memory format: channels_last. On CUDA one call of cuDNN, on a CPU one of oneDNN with its weight in oneDNN's own layout,
-or Winograd's algorithm for 3x3 convolutions of many channels (:mod:`dfn_kernels.conv3x3`). Bytes: x, residual and
-weight once, out once. PyTorch's own convolution writes ``out`` and reads and writes it again for each of bias
-(on CUDA), residual and ReLU.
+or Winograd's algorithm for 3x3 convolutions of many channels (:mod:`.conv3x3`). Bytes: x, residual and weight once, out
+once. PyTorch's own convolution writes ``out`` and reads and writes it again for each of bias (on CUDA), residual and
+ReLU.
 """
 
 import functools
@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dfn_kernels import _winograd as winograd
-from dfn_kernels._backend import check_features, named_errors, nhwc, operator
-from dfn_kernels.conv3x3 import winograd_tile
+from dfn_kernels.common.backend import check_features, named_errors, nhwc, operator
+from dfn_kernels.common.cpu import onednn_takes_bf16
+from dfn_kernels.convolution import winograd
+from dfn_kernels.convolution.conv3x3 import winograd_tile
 
 
 def fused_conv_ref(
@@ -168,13 +169,6 @@ def _onednn_weight(x: Tensor, weight: Tensor, stride: int, padding: int, kept: d
             del kept[next(iter(kept))]
         kept[shape] = own
     return kept[shape]
-
-
-@functools.cache
-def onednn_takes_bf16() -> bool:
-    """Whether oneDNN multiplies bfloat16 here. It refuses on CPUs without the vectors for it, where PyTorch's own
-    convolution goes number by number: float32 arithmetic, rounded once, is many times as fast and no less exact."""
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 # cuDNN's fused calls have no fake rule of their own, so torch.compile and torch.export would not see through them.

@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dfn_kernels import _upsample_loss as shared
-from dfn_kernels import _upsample_loss_triton as kernels
-from dfn_kernels._backend import operator
-from dfn_kernels._compile import CompileCase
-from dfn_kernels._upsample_loss import Rule
+from dfn_kernels.common.backend import operator
+from dfn_kernels.common.compile_cases import CompileCase
+from dfn_kernels.losses import upsample_loss as shared
+from dfn_kernels.losses import upsample_loss_triton as kernels
+from dfn_kernels.losses.upsample_loss import Rule
 
 OPERATOR = "upsample_focal_loss"
 

@@ -2,10 +2,9 @@
 
 import importlib
 import pkgutil
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
-
-import dfn_kernels
 
 
 class CompileCase(NamedTuple):
@@ -22,7 +21,8 @@ class CompileCase(NamedTuple):
 
 
 def operators() -> dict[str, ModuleType]:
-    """The operators' modules by name: the public modules that list what is to be compiled."""
-    names = [m.name for m in pkgutil.iter_modules(dfn_kernels.__path__) if not m.name.startswith("_")]
-    modules = {name: importlib.import_module(f"dfn_kernels.{name}") for name in names}
+    """The operators' modules by the last part of their name: those that list what is to be compiled."""
+    package = str(Path(__file__).parents[1])
+    names = [m.name for m in pkgutil.walk_packages([package], "dfn_kernels.") if not m.name.endswith("_triton")]
+    modules = {name.rpartition(".")[2]: importlib.import_module(name) for name in names}
     return {name: module for name, module in modules.items() if hasattr(module, "compile_cases")}

@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dfn_kernels import tuning
-from dfn_kernels._backend import DTYPES, nhwc, operator, use_triton
-from dfn_kernels._compile import CompileCase
-from dfn_kernels._resize import source
-from dfn_kernels._triton import tl, triton
+from dfn_kernels.common.backend import DTYPES, nhwc, operator, use_triton
+from dfn_kernels.common.compile_cases import CompileCase
+from dfn_kernels.common.resize import source
+from dfn_kernels.common.triton_or_stub import tl, triton
 
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float64: tl.float64}
 CPU_CHUNK = 2**18  # elements of one [K, rows, W] block on the CPU: a megabyte, which stays in cache

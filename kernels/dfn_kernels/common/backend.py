@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dfn_kernels._triton import MISSING
+from dfn_kernels.common.triton_or_stub import MISSING
 
 CHOICES = ("auto", "torch", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

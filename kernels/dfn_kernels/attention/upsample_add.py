@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dfn_kernels import _upsample_add_triton as kernels
-from dfn_kernels._backend import check_features, debugging, nhwc, operator, use_triton
-from dfn_kernels._compile import CompileCase
+from dfn_kernels.attention import upsample_add_triton as kernels
+from dfn_kernels.common.backend import check_features, debugging, nhwc, operator, use_triton
+from dfn_kernels.common.compile_cases import CompileCase
 
 
 def upsample_add_ref(low: Tensor, high: Tensor) -> Tensor:

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dfn_kernels import tuning
-from dfn_kernels._backend import DTYPES, accumulator, operator, use_triton
-from dfn_kernels._compile import CompileCase
-from dfn_kernels._triton import tl, triton
+from dfn_kernels.common.backend import DTYPES, accumulator, operator, use_triton
+from dfn_kernels.common.compile_cases import CompileCase
+from dfn_kernels.common.triton_or_stub import tl, triton
 
 CPU_CHUNK = 2**18  # elements of one [rows, W, 3] block on the CPU: a megabyte, which stays in cache
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dfn_kernels._backend import accumulator
+from dfn_kernels.common.backend import accumulator
 
 # Interpolation points; infinity is one more. Symmetric ones around 1 round least: 2e-6, and 7e-6 with 0, 1, -1, 2, -2.
 POINTS = {2: ("0", "1", "-1"), 4: ("0", "3/4", "-3/4", "3/2", "-3/2")}

@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dfn_kernels import _channel_attention_triton as kernels
-from dfn_kernels import _upsample_add_triton
-from dfn_kernels._backend import DTYPES, accumulator, debugging, full_precision, nhwc, operator, use_triton
-from dfn_kernels._compile import CompileCase
-from dfn_kernels.upsample_add import check_offsets, check_pair, resize_bwd_torch, resize_torch
+from dfn_kernels.attention import channel_attention_triton as kernels
+from dfn_kernels.attention import upsample_add_triton as _upsample_add_triton
+from dfn_kernels.attention.upsample_add import check_offsets, check_pair, resize_bwd_torch, resize_torch
+from dfn_kernels.common.backend import DTYPES, accumulator, debugging, full_precision, nhwc, operator, use_triton
+from dfn_kernels.common.compile_cases import CompileCase
 
 Gradients = kernels.Gradients  # of low, high, fc1_weight, fc1_bias, fc2_weight and fc2_bias
 

@@ -7,7 +7,7 @@ remainder over ``full - 1`` the weight of the next pixel. Exact at any size, and
 import torch
 from torch import Tensor
 
-from dfn_kernels._triton import tl, triton
+from dfn_kernels.common.triton_or_stub import tl, triton
 
 
 @triton.jit

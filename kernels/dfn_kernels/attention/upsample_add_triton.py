@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from dfn_kernels import tuning
-from dfn_kernels._backend import accumulator
-from dfn_kernels._compile import CompileCase
-from dfn_kernels._resize import first_target, mean_weight, source
-from dfn_kernels._triton import tl, triton
+from dfn_kernels.common.backend import accumulator
+from dfn_kernels.common.compile_cases import CompileCase
+from dfn_kernels.common.resize import first_target, mean_weight, source
+from dfn_kernels.common.triton_or_stub import tl, triton
 
 SIZES = ["height", "width", "small_height", "small_width"]
 

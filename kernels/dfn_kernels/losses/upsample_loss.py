@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dfn_kernels import _upsample_loss_triton as kernels
-from dfn_kernels._backend import accumulator, check_features, debugging, full_precision, operator, use_triton
-from dfn_kernels._resize_rows import RowResize
+from dfn_kernels.common.backend import accumulator, check_features, debugging, full_precision, operator, use_triton
+from dfn_kernels.losses import upsample_loss_triton as kernels
+from dfn_kernels.losses.resize_rows import RowResize
 
 REDUCTIONS = ("mean", "sum", "none")
 LABELS = (torch.uint8, torch.int32, torch.int64)

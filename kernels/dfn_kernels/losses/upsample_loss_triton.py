@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from dfn_kernels import tuning
-from dfn_kernels._backend import accumulator, nhwc
-from dfn_kernels._compile import CompileCase
-from dfn_kernels._resize import first_target
-from dfn_kernels._triton import tl, triton
+from dfn_kernels.common.backend import accumulator, nhwc
+from dfn_kernels.common.compile_cases import CompileCase
+from dfn_kernels.common.resize import first_target
+from dfn_kernels.common.triton_or_stub import tl, triton
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 PADDING = tl.constexpr(16)  # rows of the gradient begin at multiples of this, so that they can be read in wide accesses

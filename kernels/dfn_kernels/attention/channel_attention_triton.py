@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dfn_kernels import _upsample_add_triton as upsample_add
 from dfn_kernels import tuning
-from dfn_kernels._compile import CompileCase
-from dfn_kernels._resize import mean_weight
-from dfn_kernels._triton import tl, triton
-from dfn_kernels._upsample_add_triton import CHANNELS, SIZES, TYPES, features_case, triton_dtype
+from dfn_kernels.attention import upsample_add_triton as upsample_add
+from dfn_kernels.attention.upsample_add_triton import CHANNELS, SIZES, TYPES, features_case, triton_dtype
+from dfn_kernels.common.compile_cases import CompileCase
+from dfn_kernels.common.resize import mean_weight
+from dfn_kernels.common.triton_or_stub import tl, triton
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 

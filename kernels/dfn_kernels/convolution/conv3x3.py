@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dfn_kernels import _winograd as winograd
 from dfn_kernels import tuning
-from dfn_kernels._backend import AUTOCAST_DEVICES, DTYPES, check_features, debugging, nhwc, operator
+from dfn_kernels.common.backend import AUTOCAST_DEVICES, DTYPES, check_features, debugging, nhwc, operator
+from dfn_kernels.common.cpu import has_amx
+from dfn_kernels.convolution import winograd
 
 
 def conv3x3_ref(x: Tensor, weight: Tensor) -> Tensor:
@@ -22,8 +23,8 @@ def conv3x3_ref(x: Tensor, weight: Tensor) -> Tensor:
     return F.conv2d(x, weight, padding=1)
 
 
-# Not asked when it is needed: torch.compile cannot follow.
-MATRIX_UNITS = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+# Asked once, here: torch.compile cannot trace the question.
+MATRIX_UNITS = has_amx()
 NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES}
 
 

@@ -1,0 +1,1 @@
+"""What the operators share: the choice of implementation, Triton or its stub, resize arithmetic, compilation cases."""

@@ -1,0 +1,1 @@
+"""Convolutions with what surrounds them: bias, ReLU, residual; and Winograd's algorithm."""
