@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import measure, record
-from benchmarks.measure import DEVICE
-from benchmarks.test_inference import InferenceTrial
-from benchmarks.test_inference import shapes as inference_shapes
-from benchmarks.test_training_step import TrainingTrial
-from benchmarks.test_training_step import shapes as training_shapes
+from benchmarks.harness import measure
+from benchmarks.harness.inference_trial import InferenceTrial
+from benchmarks.harness.inference_trial import shapes as inference_shapes
+from benchmarks.harness.measure import DEVICE
+from benchmarks.harness.training_trial import TrainingTrial
+from benchmarks.harness.training_trial import shapes as training_shapes
+from benchmarks.reporting.results import RESULTS, machine_facts, machine_name
 from dfn_fast import cli
 from dfn_fast.files import write_text
 from dfn_fast.runtime.device import choose_algorithms
@@ -68,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     makers = {"training": training, "inference": inference}
     parser.add_argument("--only", choices=tuple(makers), metavar="NAME", help="training or inference (default: both)")
     arguments = parser.parse_args(argv)
-    folder = record.RESULTS / record.machine_name(record.machine_facts())
+    folder = RESULTS / machine_name(machine_facts())
     folder.mkdir(parents=True, exist_ok=True)
     for name, make in makers.items():
         if arguments.only in (None, name):

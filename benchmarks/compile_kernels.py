@@ -29,7 +29,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ptx_accesses import UNTRACED, operand_accesses
+from benchmarks.harness.ptx import UNTRACED, operand_accesses
 from dfn_kernels.common.compile_cases import CompileCase, operators
 
 KIB = 1024

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import figures, machine, measure
-from benchmarks.figures import Work
-from benchmarks.measure import DEVICE, Trial
-from benchmarks.operator_cases import FEATURES
+from benchmarks.harness import figures, machine, measure
+from benchmarks.harness.cases import FEATURES
+from benchmarks.harness.figures import Work
+from benchmarks.harness.measure import DEVICE, Trial
 from dfn_fast.runtime.device import choose_algorithms
 
 CPU_TIME_LIMIT = 1.1  # ours / eager, promised on a CPU

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.record import RESULTS
+from benchmarks.reporting.results import RESULTS
 from dfn_fast import cli
 from dfn_fast.errors import ConfigError
 from dfn_fast.files import write_text

@@ -17,8 +17,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks import record
-from benchmarks.measure import DEVICE
+from benchmarks.harness.measure import DEVICE
+from benchmarks.reporting.results import RESULTS, machine_facts, merge, rounded
 from dfn_fast import cli
 from dfn_fast.errors import UserError
 from dfn_fast.train.folder import RunFolder
@@ -92,9 +92,9 @@ def main(argv: list[str] | None = None) -> int:
             f"{row['group']}, {row['implementation']}: mIoU {row['mean_iou']:.4f}, five scales and flip "
             f"{row['mean_iou_five_scales']:.4f}, {row['seconds']:.0f} s, {row['images_per_s']:.1f} images/s"
         )
-    rows = [{name: record.rounded(value) for name, value in row.items()} for row in rows]
-    path = record.merge(record.machine_facts(), datetime.date.today().isoformat(), {"learning": rows})
-    print(path.relative_to(record.RESULTS.parent.parent))
+    rows = [{name: rounded(value) for name, value in row.items()} for row in rows]
+    path = merge(machine_facts(), datetime.date.today().isoformat(), {"learning": rows})
+    print(path.relative_to(RESULTS.parent.parent))
     return 0
 
 

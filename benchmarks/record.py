@@ -1,74 +1,15 @@
-"""Result files: what a benchmark run measured, one JSON for each machine and date under ``benchmarks/results/``.
+"""``python -m benchmarks.record FILE...``: keeps the figures of benchmark runs under ``benchmarks/results/``.
 
-``python -m benchmarks.record FILE...`` takes the files that ``--benchmark-json`` wrote and adds their rows to
-``results/MACHINE/DATE.json``; rows of a group that is there already are replaced, so that a suite may be run in parts.
-Kept are the machine's facts and each row's figures; host names, paths and raw times are not.
+Takes the files that ``--benchmark-json`` wrote and adds their rows to ``results/MACHINE/DATE.json``. Rows of a group
+that is there already are replaced, so a suite may be run in parts.
 """
 
 import json
-import re
 from pathlib import Path
-from typing import Any
 
-from benchmarks.machine import ceilings, environment
+from benchmarks.reporting.results import RESULTS, compact, merge
 from dfn_fast import cli
 from dfn_fast.errors import ConfigError
-from dfn_fast.files import write_text
-
-RESULTS = Path(__file__).with_name("results")
-FACTS = (
-    *("device", "python", "torch", "triton", "threads", "cpus", "instructions", "kernels"),
-    *("cuda", "driver", "power_limit_watts", "sm_clock_max_mhz"),
-    *("copy_gb_per_s", "product_float32_tflop_per_s", "product_bfloat16_tflop_per_s", "product_float16_tflop_per_s"),
-)
-TIMES = ("median", "min", "rounds")  # of pytest-benchmark, seconds; everything else is in extra_info
-
-
-def suite_of(benchmark: dict[str, Any]) -> str:
-    """``test_operators`` of ``benchmarks/test_operators.py::test_operator[...]``."""
-    return Path(benchmark["fullname"].split("::")[0]).stem
-
-
-def compact(content: dict[str, Any]) -> tuple[dict[str, Any], str, dict[str, list[dict[str, Any]]]]:
-    """The machine's facts, the date, and the rows of each suite, from a file of pytest-benchmark."""
-    facts = content["machine_info"]
-    machine = {name: rounded(facts[name]) for name in FACTS if name in facts}
-    if "driver" not in machine:
-        machine["device"] = facts["cpu"]["brand_raw"]
-    suites: dict[str, list[dict[str, Any]]] = {}
-    for benchmark in content["benchmarks"]:
-        times = {f"{name}_s" if name != "rounds" else name: benchmark["stats"][name] for name in TIMES}
-        figures = {k: rounded(v) for k, v in (times | benchmark["extra_info"]).items()}
-        row = {"group": benchmark["group"], "implementation": implementation_of(benchmark), **figures}
-        suites.setdefault(suite_of(benchmark), []).append(row)
-    return machine, content["datetime"][:10], suites
-
-
-def machine_facts() -> dict[str, Any]:
-    """The facts of this machine, for figures that pytest-benchmark did not take."""
-    import cpuinfo  # comes with pytest-benchmark
-
-    facts = environment() | ceilings()
-    if "driver" not in facts:
-        facts["device"] = cpuinfo.get_cpu_info()["brand_raw"]
-    return {name: rounded(facts[name]) for name in FACTS if name in facts}
-
-
-def implementation_of(benchmark: dict[str, Any]) -> str:
-    return (benchmark.get("params") or {}).get("implementation", benchmark["name"])
-
-
-def rounded(value: Any) -> Any:
-    """Four digits of a number: what the spread of times allows to read."""
-    return float(f"{value:.4g}") if isinstance(value, float) else value
-
-
-def machine_name(machine: dict[str, Any]) -> str:
-    """A folder's name for the machine: ``amd-epyc-avx2-2-cpus``, ``nvidia-h200``."""
-    name = machine["device"]
-    if "driver" not in machine:  # some makers give every generation of a CPU one name
-        name += f" {machine.get('instructions', '')} {machine['cpus']} cpus"
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def add(files: list[Path], results: Path = RESULTS) -> list[Path]:
@@ -81,32 +22,6 @@ def add(files: list[Path], results: Path = RESULTS) -> list[Path]:
             raise ConfigError(f"{file}: expected a file that pytest --benchmark-json wrote ({error!r})") from error
         written.append(merge(machine, date, suites, results))
     return written
-
-
-def merge(machine: dict[str, Any], date: str, suites: dict[str, list[dict[str, Any]]], results: Path = RESULTS) -> Path:
-    """Puts suites into the result file of a machine and date, each group in place of its former rows; returns the
-    file."""
-    path = results / machine_name(machine) / f"{date}.json"
-    content = json.loads(path.read_text()) if path.exists() else {"date": date, "machine": machine, "suites": {}}
-    content["machine"] |= machine
-    for suite, rows in suites.items():
-        content["suites"][suite] = with_newer(content["suites"].get(suite, []), rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(content, indent=1) + "\n")
-    return path
-
-
-def with_newer(rows: list[dict[str, Any]], newer: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of a suite after another run of it, perhaps in part: a group that ran again has its new rows alone, in
-    its former place."""
-
-    def by_group(of: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-        groups: dict[str, list[dict[str, Any]]] = {}
-        for row in of:
-            groups.setdefault(row["group"], []).append(row)
-        return groups
-
-    return [row for group in (by_group(rows) | by_group(newer)).values() for row in group]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import figures, measure, record
-from benchmarks.measure import DEVICE
+from benchmarks.harness import figures, measure
+from benchmarks.harness.measure import DEVICE
+from benchmarks.reporting.results import RESULTS, machine_facts, merge, rounded
 from dfn_fast import FastDFN, Predictor, cli
 from dfn_fast.config import TrainConfig
 from dfn_fast.data.loader import Batch
@@ -58,7 +59,7 @@ def rows(kind: str, make: Callable[..., Callable[[], Any]]) -> Iterator[dict[str
             row = {
                 "group": f"{kind}, {quantity}",
                 "implementation": str(value),
-                **{name: record.rounded(value) for name, value in figures.spread(seconds).items()},
+                **{name: rounded(value) for name, value in figures.spread(seconds).items()},
                 "peak_memory_bytes": measure.peak_memory(functools.partial(call)),
             }
             found.append(row)
@@ -68,8 +69,8 @@ def rows(kind: str, make: Callable[..., Callable[[], Any]]) -> Iterator[dict[str
             "group": f"{kind}, {quantity}",
             "implementation": "exponent",
             "of": "pixels" if quantity == "side" else quantity,
-            "time_exponent": record.rounded(exponent(sizes, [row["median_ms"] for row in found])),
-            "memory_exponent": record.rounded(exponent(sizes, [row["peak_memory_bytes"] for row in found])),
+            "time_exponent": rounded(exponent(sizes, [row["median_ms"] for row in found])),
+            "memory_exponent": rounded(exponent(sizes, [row["peak_memory_bytes"] for row in found])),
         }
 
 
@@ -93,8 +94,8 @@ def main(argv: list[str] | None = None) -> int:
             for row in rows(kind, make):
                 suites[f"scaling_{kind}"].append(row)
                 print("  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
-    path = record.merge(record.machine_facts(), datetime.date.today().isoformat(), suites)
-    print(path.relative_to(record.RESULTS.parent.parent))
+    path = merge(machine_facts(), datetime.date.today().isoformat(), suites)
+    print(path.relative_to(RESULTS.parent.parent))
     return 0
 
 

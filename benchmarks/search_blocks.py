@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 if TYPE_CHECKING:
-    from benchmarks.measure import Case, Trial
+    from benchmarks.harness.measure import Case, Trial
 
 GAIN = 0.98  # a candidate replaces the present tile if it takes less than this share of its time
 HOPELESS = 1.15  # one that takes more than this many times its time in a few calls is not timed in more
@@ -103,7 +103,7 @@ def neighbours(tile: Any) -> Iterator[Any]:
 
 def users(paths: list[Path], cases: list[tuple["Case", bool]]) -> dict[Path, list[tuple["Case", bool]]]:
     """For each entry the cases, and directions, that read it."""
-    from benchmarks.measure import Trial
+    from benchmarks.harness.measure import Trial
 
     found: dict[Path, list[tuple[Case, bool]]] = {path: [] for path in paths}
     for case, backward in cases:
@@ -119,7 +119,7 @@ def users(paths: list[Path], cases: list[tuple["Case", bool]]) -> dict[Path, lis
 
 def time_ratio(trial: "Trial", path: Path, tile: Any, rounds: int) -> float:
     """The time with ``tile`` over that with the present one, measured in turns; inf for a tile that will not do."""
-    from benchmarks import measure
+    from benchmarks.harness import measure
 
     def candidate() -> None:
         with override(path, tile):
@@ -176,7 +176,7 @@ def search(searches: list[Search], steps: int, rounds: int, most: int | None = N
 
     ``most`` limits the neighbours that are tried in a step.
     """
-    from benchmarks.measure import Trial
+    from benchmarks.harness.measure import Trial
 
     with compilers() as compile_ahead:
         for number in range(1, steps + 1):
@@ -194,7 +194,7 @@ def search(searches: list[Search], steps: int, rounds: int, most: int | None = N
 @contextlib.contextmanager
 def compilers() -> Iterator[Any]:
     """A function that compiles candidates, ``[(path, tile)]``, in several processes; on a CPU it does nothing."""
-    from benchmarks.measure import DEVICE
+    from benchmarks.harness.measure import DEVICE
 
     if DEVICE.type != "cuda":
         yield lambda candidates: None
@@ -214,8 +214,8 @@ def _compile(candidate: tuple[Path, Any]) -> None:
 
 @functools.lru_cache(maxsize=1)
 def _trials_that_read(path: Path) -> list["Trial"]:
-    from benchmarks.measure import Trial
-    from benchmarks.operator_cases import gpu_cases
+    from benchmarks.harness.cases import gpu_cases
+    from benchmarks.harness.measure import Trial
 
     return [Trial(*user) for user in users([path], directions(gpu_cases()))[path]]
 
@@ -227,7 +227,7 @@ def directions(cases: Iterator["Case"] | list["Case"]) -> list[tuple["Case", boo
 
 def dry_run_cases() -> list["Case"]:
     """Every operator at a size that the interpreter runs in a second."""
-    from benchmarks import operator_cases as cases
+    from benchmarks.harness import cases as cases
 
     return [
         cases.channel_attention(1, 24, 6, 3, True),
@@ -249,7 +249,8 @@ def main() -> int:
     os.environ["DFN_KERNELS"] = "triton"
     if options.dry_run:
         os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
-    from benchmarks import measure, operator_cases
+    from benchmarks.harness import cases as operator_cases
+    from benchmarks.harness import measure
     from dfn_kernels import tuning
 
     if measure.DEVICE.type != "cuda" and not options.dry_run:
@@ -278,7 +279,7 @@ def main() -> int:
 
 def print_tables(tables: dict[str, Any], searches: list[Search], unread: list[Path], when: str) -> None:
     """The tables with the best tiles so far, to be put into tuning.py, and what each entry has won."""
-    from benchmarks import machine
+    from benchmarks.harness import machine
 
     facts = machine.environment()
     results = dict(tables)

@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import figures, machine, measure
-from benchmarks.figures import Work
-from benchmarks.machine import name_of
-from benchmarks.measure import DEVICE
-from benchmarks.roofline import Layer, Network, total_flops
+from benchmarks.harness import figures, machine, measure
+from benchmarks.harness.counting import Layer, Network, total_flops
+from benchmarks.harness.figures import Work
+from benchmarks.harness.machine import name_of
+from benchmarks.harness.measure import DEVICE
 from dfn_kernels import conv3x3
 from dfn_kernels.convolution.fused_conv import Packed, fused_conv
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import measure
+from benchmarks.harness import measure
 from dfn_fast.config import TrainConfig, recipe
 from dfn_fast.data.base import SegmentationDataset
 from dfn_fast.data.border import border_targets

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks import measure
-from benchmarks.measure import DEVICE, Trial
-from benchmarks.operator_cases import cpu_cases, gpu_cases
+from benchmarks.harness import measure
+from benchmarks.harness.cases import cpu_cases, gpu_cases
+from benchmarks.harness.measure import DEVICE, Trial
 
 pytestmark = pytest.mark.timeout(1800)  # torch.compile searches configurations on a GPU
 

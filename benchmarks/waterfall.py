@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import figures, machine, measure, record
-from benchmarks.measure import DEVICE, HAS_BF16
+from benchmarks.harness import figures, machine, measure
+from benchmarks.harness.measure import DEVICE, HAS_BF16
+from benchmarks.reporting.results import RESULTS, machine_facts, merge, rounded
 from dfn_fast import FastDFN, ReferenceDFN, Savings, cli
 from dfn_fast.config import TrainConfig
 from dfn_fast.data.loader import Batch
@@ -210,7 +211,7 @@ def measured(rows: list[Row], group: str, images: int, rounds: int) -> list[dict
             **drawn,
         }
         names = {"group": group, "implementation": row.technique}
-        found.append(names | {name: record.rounded(value) for name, value in row_figures.items()})
+        found.append(names | {name: rounded(value) for name, value in row_figures.items()})
     return found
 
 
@@ -247,8 +248,8 @@ def main(argv: list[str] | None = None) -> int:
                 torch.backends.cudnn.benchmark = False
             suites[f"waterfall_{kind}"] = measured(make(config, images), group, images, arguments.rounds)
             print(shown(suites[f"waterfall_{kind}"]))
-    path = record.merge(record.machine_facts(), datetime.date.today().isoformat(), suites)
-    print(path.relative_to(record.RESULTS.parent.parent))
+    path = merge(machine_facts(), datetime.date.today().isoformat(), suites)
+    print(path.relative_to(RESULTS.parent.parent))
     return 0
 
 

@@ -5,9 +5,10 @@ import types
 import pytest
 import torch
 
-from benchmarks import figures, machine, measure
-from benchmarks.figures import Turns, Work
-from benchmarks.roofline import Machine, Network, floor, total_bytes, total_flops
+from benchmarks.harness import figures, machine, measure
+from benchmarks.harness.counting import Machine, Network, floor, total_bytes, total_flops
+from benchmarks.harness.figures import Turns, Work
+from benchmarks.harness.training_trial import Shape, TrainingTrial
 from dfn_fast.config import recipe
 
 
@@ -121,9 +122,8 @@ def test_what_does_not_fit_into_memory_is_skipped():
 
 
 def test_a_step_is_held_against_the_first_that_fits_into_memory(monkeypatch):
-    from benchmarks import test_training_step as suite
 
-    trial = suite.TrainingTrial(suite.Shape("a network", recipe("synthetic"), 8), "bf16")
+    trial = TrainingTrial(Shape("a network", recipe("synthetic"), 8), "bf16")
     losses = {"float32": None, "eager": 2.0, "compile": 2.01, "ours": 2.5}
     ran = []
 

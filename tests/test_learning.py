@@ -5,7 +5,9 @@ import json
 import pytest
 import torch
 
-from benchmarks import learning, plots, report
+from benchmarks import learning
+from benchmarks.reporting import plots
+from benchmarks.reporting.tables import learning_table
 from dfn_fast.config import TrainConfig
 from dfn_fast.errors import UserError
 from dfn_fast.train.folder import RunFolder
@@ -60,7 +62,7 @@ def test_a_run_that_fails_is_named():
 def test_the_table_and_the_picture(calls, tmp_path):
     rows = learning.learn("camvid", [], tmp_path / "runs")
     rows[1]["images_per_s"] = 6.0
-    lines = report.learning_table(rows)
+    lines = learning_table(rows)
     assert (
         lines[2]
         == f"| camvid DFN-R18 3 epochs, {rows[0]['implementation']} | 0.300 | 0.400 | 0.310 | 30 | 4.0 | 1.50 x |"

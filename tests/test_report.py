@@ -4,7 +4,9 @@ import json
 
 import pytest
 
-from benchmarks import plots, report, scaling
+from benchmarks import report, scaling
+from benchmarks.reporting import plots
+from benchmarks.reporting.tables import convolution_table, waterfall_table
 
 
 def test_the_readme_shows_the_result_files():
@@ -87,7 +89,7 @@ def row(**figures):
 
 def test_energy_has_columns_where_it_was_measured():
     rows = [row(peak_memory_bytes=1, speed_up=1.0), row(peak_memory_bytes=1, watts=350.0, joules_per_image=0.5)]
-    header, _, first, second = report.waterfall_table(rows)
+    header, _, first, second = waterfall_table(rows)
     assert header.endswith("| J/image | W | MHz |")
     assert first.endswith("| - | - | - |")
     assert second.endswith("| 0.5 | 350 | - |")
@@ -99,7 +101,7 @@ def test_a_line_for_each_convolution():
         row(layer="8-8 3x3", direction="weight gradient", share_of_product=0.25),
         row(group="21-24", tflop_per_s=2.0),
     ]
-    lines = report.convolution_table(rows)
+    lines = convolution_table(rows)
     assert lines[2] == "| 8-8 3x3 | 0.5 | 50%, ours 1.50 x | - | 25% |"
     assert lines[-1] == "| 21-24 | 1 | 2 | - |"
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.roofline import H200, Network, floor, main, total_flops
+from benchmarks.harness.counting import H200, Network, floor, total_flops
+from benchmarks.roofline import main
 from dfn_fast import ReferenceDFN
 
 SETTINGS = [

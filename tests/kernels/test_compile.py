@@ -152,7 +152,7 @@ PTX = """
 def test_accesses_are_traced_to_their_operands(monkeypatch):
     """An index that was loaded names no operand, a choice of two names both, an address from memory none."""
     monkeypatch.syspath_prepend(ROOT)
-    from benchmarks.ptx_accesses import UNTRACED, operand_accesses
+    from benchmarks.harness.ptx import UNTRACED, operand_accesses
 
     assert operand_accesses(PTX, ["in_ptr", "out_ptr", ""]) == {
         "in_ptr": {"load 1": 1, "load 16": 2, "load 4": 1},

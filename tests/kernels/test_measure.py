@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture
 def measure(monkeypatch) -> ModuleType:
     monkeypatch.syspath_prepend(ROOT)
-    from benchmarks import measure
+    from benchmarks.harness import measure
 
     return measure
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.measure import DEVICE, Case, tensors
+from benchmarks.harness.measure import DEVICE, Case, tensors
 
 FEATURES = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 SCALES = (0.5, 0.75, 1, 1.5, 1.75)  # the paper's
@@ -48,7 +48,7 @@ def channel_attention(batch: int, channels: int, low: int, high: int, training: 
     return Case(
         "channel_attention",
         f"{batch}x{channels}x{low}x{low} high {high}",
-        *_operator("channel_attention", "channel_attention"),
+        *_operator("attention.channel_attention", "channel_attention"),
         inputs,
         forward_bytes=lambda low, high, *weights: 3 * _bytes(low) + 2 * _bytes(high) + _bytes(*weights),
         # Means, gate and the resized high; both linear layers.
@@ -63,7 +63,7 @@ def upsample_add(batch: int, channels: int, low: int, high: int, training: bool)
     return Case(
         "upsample_add",
         f"{batch}x{channels}x{low}x{low} high {high}",
-        *_operator("upsample_add", "upsample_add"),
+        *_operator("attention.upsample_add", "upsample_add"),
         lambda: [_features(batch, channels, low, low), _features(batch, channels, high, high)],
         forward_bytes=lambda low, high: 2 * _bytes(low) + _bytes(high),
         forward_flops=lambda low, high: LERP * low.numel(),
@@ -76,7 +76,7 @@ def cross_entropy(batch: int, classes: int, small: int, full: int) -> Case:
     return Case(
         "upsample_cross_entropy",
         f"{batch}x{classes}x{small}x{small} to {full}",
-        *_operator("cross_entropy", "upsample_cross_entropy"),
+        *_operator("losses.cross_entropy", "upsample_cross_entropy"),
         lambda: [_features(batch, classes, small, small), _labels(classes, batch, full, full)],
         forward_bytes=_bytes,
         # Maximum, difference, exponential, sum.
@@ -91,7 +91,7 @@ def focal_loss(batch: int, small: int, full: int) -> Case:
     return Case(
         "upsample_focal_loss",
         f"{batch}x1x{small}x{small} to {full}",
-        *_operator("focal_loss", "upsample_focal_loss"),
+        *_operator("losses.focal_loss", "upsample_focal_loss"),
         lambda: [_features(batch, 1, small, small), _labels(2, batch, full, full)],
         forward_bytes=_bytes,
         # Sign, two sigmoids, logarithm, power, alpha, weight, sum.
@@ -106,7 +106,7 @@ def multiscale_argmax(batch: int, classes: int, height: int, width: int) -> Case
     """Scores at stride 4 of the paper's five scales, each with its mirror image."""
     flipped = [False, True] * len(SCALES)
     sizes = [(int(height * s) // 4, int(width * s) // 4) for s in SCALES for _ in range(2)]
-    reference, ours = _operator("multiscale", "multiscale_argmax")
+    reference, ours = _operator("images.multiscale_argmax", "multiscale_argmax")
     return Case(
         "multiscale_argmax",
         f"{batch}x{classes}x{height}x{width} 5 scales flip",
@@ -120,7 +120,7 @@ def multiscale_argmax(batch: int, classes: int, height: int, width: int) -> Case
 
 
 def resize_normalize(batch: int, source: tuple[int, int], size: tuple[int, int]) -> Case:
-    reference, ours = _operator("preprocess", "resize_normalize")
+    reference, ours = _operator("images.resize_normalize", "resize_normalize")
     settings = {"flip": True, "dtype": FEATURES}
     written = 2 * batch * 3 * size[0] * size[1] * FEATURES.itemsize
     return Case(

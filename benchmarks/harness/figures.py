@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from benchmarks import machine, measure, roofline
-from benchmarks.roofline import Machine, Network
+from benchmarks.harness import machine, measure
+from benchmarks.harness.counting import Machine, Network, floor, total_bytes, total_flops
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,10 @@ class Work:
         size = dtype.itemsize
         roof = Machine(machine.matrix_product(dtype), machine.copy_bandwidth())
         return cls(
-            bytes=sum(roofline.total_bytes(network, size, training) for network in run),
-            flops=sum(roofline.total_flops(network, training) for network in run),
+            bytes=sum(total_bytes(network, size, training) for network in run),
+            flops=sum(total_flops(network, training) for network in run),
             dtype=dtype,
-            floor=sum(roofline.floor(network, roof, training, size) for network in least),
+            floor=sum(floor(network, roof, training, size) for network in least),
         )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import DEVICE, HAS_BF16, alternate, percentile, synchronize
+from benchmarks.harness.measure import DEVICE, HAS_BF16, alternate, percentile, synchronize
 
 CUDA = DEVICE.type == "cuda"
 COPY_BYTES = 1 << (30 if CUDA else 27)
