@@ -17,6 +17,19 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DFN_KERNELS", "torch")  # the kernels' own tests choose theirs
 
 ROOT = Path(__file__).resolve().parents[1]
+ALL_CASES = pytest.StashKey[dict[str, bool]]()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Notes every case before -m and -k leave some out."""
+    config.stash[ALL_CASES] = {item.nodeid: item.get_closest_marker("gpu") is not None for item in items}
+
+
+@pytest.fixture(scope="session")
+def all_cases(pytestconfig: pytest.Config) -> dict[str, bool]:
+    """The name of every collected case, selected or not, and whether it needs a GPU."""
+    return pytestconfig.stash[ALL_CASES]
 
 
 @pytest.fixture(autouse=True)

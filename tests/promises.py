@@ -1,7 +1,7 @@
-"""What the project promises, and the tests that keep each promise: the table of the README.
+"""What the project promises, and the tests that keep each promise: the table of ``docs/promises.md``.
 
-``python tests/promises.py`` writes the table between two markers of the README, its numbers from pytest's own
-collection; test_promises.py fails where they no longer fit.
+``python tests/promises.py`` writes that file, its numbers from pytest's own collection; test_promises.py fails if they
+no longer fit.
 """
 
 import subprocess
@@ -11,9 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-README = ROOT / "README.md"
-BEGIN = "<!-- made by python tests/promises.py: do not edit -->"
-END = "<!-- end of promises -->"
+PAGE = ROOT / "docs" / "promises.md"
+HEAD = """\
+# What is promised
+
+<!-- made by python tests/promises.py: do not edit -->
+
+Each row is a promise, the tests that keep it, and how many cases they have. Paths are below `tests/`; the last column
+counts cases that need a GPU.
+"""
 
 
 @dataclass(frozen=True)
@@ -28,47 +34,51 @@ class Promise:
 PROMISES = [
     Promise("every operator equals its definition in float64, gradients included", (
         "kernels/test_channel_attention.py", "kernels/test_upsample_add.py", "kernels/test_cross_entropy.py",
-        "kernels/test_focal_loss.py", "kernels/test_multiscale.py", "kernels/test_preprocess.py",
+        "kernels/test_focal_loss.py", "kernels/test_multiscale_argmax.py", "kernels/test_resize_normalize.py",
         "kernels/test_conv3x3.py",
     )),
     Promise("sides of 0 and 1, gaps, odd offsets, any strides: the right result, or an error with the operand's name", (
-        "kernels/test_edges.py", "test_arrays.py",
+        "kernels/test_edges.py", "system/test_arrays.py",
     )),
     Promise("every kernel compiles for four architectures without spills", ("kernels/test_compile.py",)),
     Promise("debug mode names the operator of a device's error", (
         "kernels/test_debug.py", "kernels/test_sanitizer.py",
     )),
     Promise("the fast network equals the plain one: scores, losses, gradients, labels", (
-        "test_model.py", "test_fused.py", "test_step.py",
+        "network/test_fast.py", "network/test_fused.py", "trainer/test_step.py",
     )),
-    Promise("published checkpoints load; weights go to the plain network and back bit for bit", ("test_weights.py",)),
+    Promise("published checkpoints load; weights go to the plain network and back bit for bit", (
+        "checkpoint/test_weights.py",
+    )),
     Promise("a killed run continues, and ends with the bits of an undisturbed one", (
-        "test_crash.py::test_a_hundred_kills_change_no_bit",
-        "test_crash.py::test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew",
+        "system/test_crash.py::test_a_hundred_kills_change_no_bit",
+        "system/test_crash.py::test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew",
     ), "100 kills"),
     Promise("a damaged checkpoint is named, and the one before taken", (
-        "test_crash.py::test_a_damaged_last_checkpoint_is_named_and_the_one_before_continues",
-        "test_crash.py::test_two_damaged_checkpoints_are_both_named", "test_checkpoint.py",
+        "system/test_crash.py::test_a_damaged_last_checkpoint_is_named_and_the_one_before_continues",
+        "system/test_crash.py::test_two_damaged_checkpoints_are_both_named", "checkpoint/test_checkpoint.py",
     )),
     Promise("a full disk, a read-only or removed folder is named, and the checkpoint stays", (
-        "test_crash.py::test_a_file_that_cannot_be_written_is_named_and_the_checkpoint_stays",
-        "test_crash.py::test_a_picture_that_cannot_be_written_is_named",
-        "test_crash.py::test_a_folder_that_is_removed_during_the_run_is_named",
-        "test_crash.py::test_a_checkpoint_that_meets_the_limit_midway_leaves_the_one_before",
+        "system/test_crash.py::test_a_file_that_cannot_be_written_is_named_and_the_checkpoint_stays",
+        "system/test_crash.py::test_a_picture_that_cannot_be_written_is_named",
+        "system/test_crash.py::test_a_folder_that_is_removed_during_the_run_is_named",
+        "system/test_crash.py::test_a_checkpoint_that_meets_the_limit_midway_leaves_the_one_before",
     )),
-    Promise(
-        "every broken file is read or refused by name, in bounded time and memory", ("test_fuzz.py",), "3,000 files"
-    ),
+    Promise("every broken file is read or refused by name, in bounded time and memory", (
+        "system/test_fuzz.py",
+    ), "3,000 files"),
     Promise("hostile images, lists, names and checkpoints are refused by name", ("data/test_hostile.py",)),
     Promise("a loading process that dies or hangs is reported with its sample", ("data/test_loader.py",)),
-    Promise("N processes compute what one does, and go on after one is killed", ("test_distributed.py",)),
-    Promise("the same bits twice with `--deterministic`", ("test_determinism.py",)),
-    Promise("memory, file handles and threads stay flat", ("test_long_runs.py",), "2,000 steps, 500 images"),
+    Promise("N processes compute what one does, and go on after one is killed", ("system/test_distributed.py",)),
+    Promise("the same bits twice with `--deterministic`", ("system/test_determinism.py",)),
+    Promise("memory, file handles and threads stay flat", ("system/test_long_runs.py",), "2,000 steps, 500 images"),
     Promise("losses, gradients and weights that are not finite stop the run, with a diagnosis", (
-        "test_training.py", "test_step.py",
+        "trainer/test_training.py", "trainer/test_step.py",
     )),
-    Promise("one window or batch or graph more or less changes no label", ("test_inference.py", "test_graph_cache.py")),
-    Promise("exported programs compute what the network does", ("test_export.py",)),
+    Promise("one window or batch or graph more or less changes no label", (
+        "inference/test_predictor.py", "runtime/test_graph_cache.py",
+    )),
+    Promise("exported programs compute what the network does", ("export/test_export.py",)),
 ]  # fmt: skip
 
 
@@ -98,12 +108,11 @@ def collected(*options: str) -> list[str]:
     return [line for line in done.stdout.splitlines() if "::" in line]
 
 
-def with_table(readme: str, content: str) -> str:
-    """The README with ``content`` in place of what stands between its markers."""
-    before, _, rest = readme.partition(BEGIN)
-    return before + BEGIN + "\n\n" + content + "\n\n" + END + rest.partition(END)[2]
+def page(cases: Iterable[str], on_a_gpu: Iterable[str]) -> str:
+    """The whole file."""
+    return f"{HEAD}\n{table(cases, on_a_gpu)}\n"
 
 
 if __name__ == "__main__":
-    text = table(collected(), collected("-m", "gpu"))
-    README.write_text(with_table(README.read_text(encoding="utf-8"), text), encoding="utf-8")
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text(page(collected(), collected("-m", "gpu")), encoding="utf-8")

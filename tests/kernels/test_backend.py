@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from every_operator import differences, problems
-from parity import DEVICE
 
 import dfn_kernels
 from dfn_kernels.common import backend as _backend
 from dfn_kernels.common.triton_or_stub import MISSING
+from support.every_operator import differences, problems
+from support.parity import DEVICE
 
 ROOT = Path(__file__).resolve().parents[2]
 REASON = "No module named 'triton'"
@@ -149,7 +149,7 @@ def without_triton(tmp_path_factory) -> dict[str, Any]:
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "DFN_KERNELS")}
     paths = (stub, ROOT, Path(dfn_kernels.__file__).parents[1])
     environment["PYTHONPATH"] = os.pathsep.join(map(str, paths))
-    command = [sys.executable, str(Path(__file__).with_name("every_operator.py"))]
+    command = [sys.executable, str(Path(__file__).parents[1] / "support" / "every_operator.py")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])

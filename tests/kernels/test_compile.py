@@ -151,7 +151,6 @@ PTX = """
 
 def test_accesses_are_traced_to_their_operands(monkeypatch):
     """An index that was loaded names no operand, a choice of two names both, an address from memory none."""
-    monkeypatch.syspath_prepend(ROOT)
     from benchmarks.harness.ptx import UNTRACED, operand_accesses
 
     assert operand_accesses(PTX, ["in_ptr", "out_ptr", ""]) == {
@@ -277,7 +276,6 @@ def test_on_gfx942_a_kernel_must_compile_and_fit(bad_kernels):
 
 
 def test_an_access_that_the_assembler_splits_is_told(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT)
     from benchmarks.compile_kernels import Record
 
     record = Record("op", "copy_kernel", "", "sm_90", ["x_ptr"], operands={"x_ptr": {"load 16": 1, "store 16": 1}})

@@ -4,16 +4,16 @@ import threading
 
 import pytest
 import torch
-from allocations import Allocations
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layouts import LAYOUTS, with_layouts
-from parity import assert_no_worse_than, run
 from torch import Tensor, nn
 
 from dfn_kernels import conv3x3, tuning
 from dfn_kernels.convolution import winograd as _winograd
 from dfn_kernels.convolution.conv3x3 import conv3x3_ref
+from support.allocations import Allocations
+from support.layouts import LAYOUTS, with_layouts
+from support.parity import assert_no_worse_than, run
 
 # B, I, O, H, W.
 SHAPES = [

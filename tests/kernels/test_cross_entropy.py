@@ -5,14 +5,14 @@ from math import prod
 import pytest
 import torch
 import torch.nn.functional as F
-from allocations import Allocations
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loss_problems import gradient
-from parity import DEVICE, DTYPES, assert_no_worse_than, random_like
 
 from dfn_kernels.losses.cross_entropy import upsample_cross_entropy, upsample_cross_entropy_ref
 from dfn_kernels.losses.upsample_loss_triton import gradient_shape
+from support.allocations import Allocations
+from support.loss_problems import gradient
+from support.parity import DEVICE, DTYPES, assert_no_worse_than, random_like
 
 # Rows and the columns between two small columns cost time in the interpreter; width and classes do not.
 SHAPES = [

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from every_operator import Problem, convolutions, problems, results
-from parity import DEVICE
 
 from dfn_kernels.common import backend as _backend
+from support.every_operator import Problem, convolutions, problems, results
+from support.parity import DEVICE
 
 
 def with_valid_labels(problem: Problem) -> Problem:
@@ -134,7 +134,7 @@ def test_compiled_operators_wait_as_well(device, debug):
 def test_an_illegal_address_on_a_gpu_is_named(debugging):
     """In a process of its own, whose CUDA context is lost with it."""
     environment = os.environ | {"DFN_KERNELS_DEBUG": "1" if debugging else "0"}
-    command = [sys.executable, str(Path(__file__).with_name("wild_read.py"))]
+    command = [sys.executable, str(Path(__file__).parents[1] / "support" / "wild_read.py")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode != 0
     last = [line for line in done.stderr.splitlines() if "Error" in line][-1]

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from every_operator import Problem, Sizes, convolutions, problems, random_gradient, results
-from parity import DEVICE
 from torch import Tensor
 
 from dfn_kernels import conv3x3, multiscale_argmax, tuning, upsample_cross_entropy
 from dfn_kernels.convolution.fused_conv import fused_conv
+from support.every_operator import Problem, Sizes, convolutions, problems, random_gradient, results
+from support.parity import DEVICE
 
 KERNELS = sorted(problems())
 CONVOLUTIONS = sorted(convolutions())

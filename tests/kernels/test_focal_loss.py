@@ -3,22 +3,22 @@
 from functools import partial
 from math import isqrt, log1p
 
-import layouts
 import pytest
 import torch
 import torch.nn.functional as F
-from addresses import offsets_of_program
-from allocations import Allocations
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from loss_problems import LAYOUTS, gradient, in_layouts, labels_in_layout, logits_in_layout
-from parity import DEVICE, DTYPES, assert_no_worse_than, random_like
 from torch import Tensor, nn
 
 from dfn_kernels import tuning
 from dfn_kernels.common.triton_or_stub import tl
 from dfn_kernels.losses import upsample_loss_triton as kernels
 from dfn_kernels.losses.focal_loss import upsample_focal_loss, upsample_focal_loss_ref
+from support import layouts
+from support.addresses import offsets_of_program
+from support.allocations import Allocations
+from support.loss_problems import LAYOUTS, gradient, in_layouts, labels_in_layout, logits_in_layout
+from support.parity import DEVICE, DTYPES, assert_no_worse_than, random_like
 
 # B, C, the small size, the full size. Rows and the columns between two small columns cost time in the interpreter;
 # width and channels do not.

@@ -8,10 +8,12 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-import sanitizer_run
 import torch
-from parity import DEVICE
 
+from support import sanitizer_run
+from support.parity import DEVICE
+
+TESTS = Path(__file__).resolve().parents[1]
 FOUND = 86  # exit status where the sanitizer found something, unlike any of Python's
 
 
@@ -26,14 +28,15 @@ def find_sanitizer() -> str | None:
 
 
 def sanitized(tool: str, script: str) -> subprocess.CompletedProcess:
-    """A script of this folder under a tool of compute-sanitizer."""
+    """A script of tests/support under a tool of compute-sanitizer."""
     sanitizer = find_sanitizer()
     if sanitizer is None:
         pytest.skip("compute-sanitizer is neither on PATH nor in a CUDA toolkit ($CUDA_HOME) nor in a wheel")
     # Of blocks that PyTorch keeps and hands out in parts, the sanitizer could not tell where an array ends.
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "DFN_KERNELS": "triton"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
     options = ["--tool", tool, "--error-exitcode", str(FOUND), "--report-api-errors", "no"]
-    command = [sanitizer, *options, sys.executable, str(Path(__file__).with_name(script))]
+    command = [sanitizer, *options, sys.executable, str(TESTS / "support" / script)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500)
 
 
@@ -49,8 +52,7 @@ def test_the_parity_run_is_right(backend, dtype, monkeypatch, capsys):
 
 
 def test_the_parity_run_tells_a_wrong_result(monkeypatch, capsys):
-    module = sys.modules["dfn_kernels.attention.upsample_add"]  # not the function of that name
-    monkeypatch.setattr(module, "nhwc", lambda x: x.flip(-1))
+    monkeypatch.setattr("dfn_kernels.attention.upsample_add.nhwc", lambda x: x.flip(-1))
     assert sanitizer_run.main(DEVICE, (torch.float32,)) == len(sanitizer_run.ODD)
     assert "WRONG upsample_add" in capsys.readouterr().out
 

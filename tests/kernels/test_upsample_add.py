@@ -2,18 +2,18 @@
 
 import pytest
 import torch
-from addresses import offsets_of_program
-from allocations import Allocations
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layouts import LAYOUTS, with_layouts
-from parity import DEVICE, DTYPES, assert_no_worse_than, run
 from torch import Tensor, nn
 
 from dfn_kernels import tuning
 from dfn_kernels.attention import upsample_add_triton as kernels
 from dfn_kernels.attention.upsample_add import upsample_add, upsample_add_ref
 from dfn_kernels.common.triton_or_stub import tl
+from support.addresses import offsets_of_program
+from support.allocations import Allocations
+from support.layouts import LAYOUTS, with_layouts
+from support.parity import DEVICE, DTYPES, assert_no_worse_than, run
 
 # B, C, the full size, the small size.
 SHAPES = [

@@ -1,0 +1,278 @@
+import errno
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from PIL import Image
+
+from dfn_fast.checkpoint.archive import read_file
+from dfn_fast.data import base
+from dfn_fast.errors import CheckpointError, ConfigError, DataError
+from dfn_fast.inference.loading import load_model
+from dfn_fast.train.__main__ import main
+from dfn_fast.train.folder import RunFolder
+from dfn_fast.trainer.build import poly
+from dfn_fast.trainer.finite import NonFiniteLoss
+from dfn_fast.trainer.trainer import Trainer
+from support.runs import differences, timeless_metrics, write_blobs
+
+TINY = "--data folder --backbone resnet18 --channels 8 --border-channels 4 --crop 64 --batch-size 3 --lr 0.001"
+TINY += " --border-width 3 --workers 0 --log-every 1 --device cpu --scales 0.75 1 --epochs 2"
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder of nine training and two validation images: bright blobs on dark ground."""
+    write_blobs(tmp_path / "photos", 9, 2, step=3)
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def tiny(photos, tmp_path):
+    """Runs the command line on the tiny folder: tiny("run", "--lr", "1") trains into tmp_path/run."""
+
+    def run(name, *words, code=0):
+        folder = tmp_path / name
+        options = [] if "--resume" in words else [*TINY.split(), "--root", str(photos)]
+        assert main(["camvid", *options, "--output-dir", str(folder), *words]) == code
+        return RunFolder(folder)
+
+    return run
+
+
+def test_a_run_leaves_all_that_it_promises(tiny, capsys):
+    run = tiny("run")
+    last_line = capsys.readouterr().out.splitlines()[-1]
+    assert str(run.path) in last_line
+    assert "mIoU" in last_line
+    summary = json.loads(run.summary_file.read_text())
+    assert 0 <= summary["last_mean_iou"] <= summary["best_mean_iou"] <= 1
+    assert set(summary["per_class_iou"]) == {"ground", "blob"}
+    for name in ("images_per_second", "seconds", "peak_memory_bytes"):
+        assert summary[name] > 0
+    assert summary["versions"]["torch"] == torch.__version__
+    assert "cpu" in summary["device"]
+    assert summary["checkpoint"] == str(run.best)
+    for picture in ("curves.png", "predictions.png"):
+        assert Image.open(run.path / picture).size[0] > 200
+    records = run.metrics()
+    train = [r for r in records if r["kind"] == "train"]
+    assert [r["iteration"] for r in train] == [1, 2, 3, 4, 5, 6]
+    assert [r["epoch"] for r in records if r["kind"] == "val"] == [1, 2]
+    assert [r["lr"] for r in train] == pytest.approx([0.001 * poly(i, 6, 0.9) for i in range(6)])
+    loaded = load_model(run.best)
+    assert loaded.classes == ("ground", "blob")
+    assert loaded.dataset == "folder"
+
+
+@pytest.mark.parametrize("stop", [2, 3], ids=["within an epoch", "at its end"])
+def test_a_resumed_run_ends_with_the_same_bits(tiny, stop, capsys):
+    straight = tiny("straight")
+    tiny("halves", "--stop-after", str(stop))
+    assert "--resume --output-dir" in capsys.readouterr().out
+    halves = tiny("halves", "--resume")
+    assert differences(read_file(straight.last), read_file(halves.last)) == []
+    assert timeless_metrics(straight) == timeless_metrics(halves)
+
+
+def test_another_seed_gives_another_run(tiny):
+    first, second = tiny("first", "--iterations", "1"), tiny("second", "--iterations", "1", "--seed", "1")
+    assert differences(read_file(first.last)["model"], read_file(second.last)["model"])
+
+
+def test_workers_change_nothing(tiny):
+    alone, together = tiny("alone", "--iterations", "2"), tiny("together", "--iterations", "2", "--workers", "2")
+    assert differences(read_file(alone.last)["model"], read_file(together.last)["model"]) == []
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_leaves(photos, tmp_path, number, code):
+    run = RunFolder(tmp_path / "run")
+    command = [sys.executable, "-m", "dfn_fast.train", "camvid", *TINY.split(), "--root", str(photos)]
+    command += ["--epochs", "5000", "--workers", "1", "--output-dir", str(run.path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 120
+        while len(run.metrics()) < 2 and time.monotonic() < deadline:
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.1)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == code, err
+    assert "saved in" in out
+    assert "Traceback" not in err
+    iteration = read_file(run.last)["position"]["iteration"]
+    assert max(r["iteration"] for r in run.metrics()) == iteration
+
+
+def test_a_loss_that_is_not_finite_names_iteration_images_and_checkpoint(tiny):
+    last = r"\(the last finite checkpoint is .*run.last\.pth\)"
+    with pytest.raises(NonFiniteLoss, match=r"at iteration \d+; the images were \d+, \d+, \d+.*" + last):
+        tiny("run", "--lr", "1e30")
+
+
+def test_weights_that_are_not_finite_are_not_saved(tiny, monkeypatch):
+    run = tiny("run", "--stop-after", "1")
+    before = run.last.read_bytes()
+    monkeypatch.setattr(
+        "dfn_fast.trainer.trainer.Trainer.step",
+        lambda self, *_: self.model.backbone.bn1.weight.detach().fill_(torch.inf).sum() * 0,
+    )
+    monkeypatch.setattr("dfn_fast.train.loss_watch.LossWatch.read", lambda self: [0.0])
+    with pytest.raises(NonFiniteLoss, match="weights are no longer finite"):
+        tiny("run", "--resume", "--stop-after", "2")
+    assert run.last.read_bytes() == before
+
+
+def test_a_full_disk_keeps_the_old_checkpoint(tiny, monkeypatch):
+    run = tiny("run", "--stop-after", "2")
+    before = run.last.read_bytes()
+
+    def full(content, file):
+        file.write(b"half a checkpoint")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(CheckpointError, match=r"\.pth: could not be written.*No space left"):
+        tiny("run", "--resume")
+    assert run.last.read_bytes() == before
+    assert not list(run.path.glob(".*"))
+
+
+def test_a_run_starts_from_the_weights_of_another(tiny):
+    first = tiny("first", "--iterations", "1")
+    second = tiny("second", "--weights", str(first.last), "--iterations", "1", "--lr", "0")
+    old, new = read_file(first.last)["model"], read_file(second.last)["model"]
+    assert torch.equal(old["backbone.conv1.0.weight"], new["backbone.conv1.0.weight"])
+
+
+def test_weights_that_fit_in_part_are_an_error_or_named(tiny, capsys):
+    first = tiny("first", "--iterations", "1")
+    with pytest.raises(CheckpointError, match="wrong shape"):
+        tiny("second", "--weights", str(first.last), "--border-channels", "5")
+    tiny("second", "--weights", str(first.last), "--border-channels", "5", "--no-strict", "--iterations", "1")
+    assert "loaded what fits; " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "message"),
+    [
+        (["--root", "nowhere"], ConfigError, "nowhere"),
+        (["--train-split", "tests"], ConfigError, "tests"),
+        (["--batch-size", "10"], ConfigError, "10 is more than the 9"),
+        (["--accumulate", "4"], ConfigError, "--accumulate 4 is more than the 3 batches"),
+        (["--device", "cuda:99"], ConfigError, "cuda:99"),
+        (["--device", "toaster"], ConfigError, "toaster"),
+        (["--amp", "fp16"], ConfigError, "needs a GPU"),
+        (["--weights", "nowhere.pth"], CheckpointError, "nowhere.pth"),
+        (["--data", "fodler"], ConfigError, "did you mean folder"),
+    ],
+)
+def test_what_cannot_be_trained_is_said_before_anything_is_written(tiny, tmp_path, words, error, message):
+    with pytest.raises(error, match=message):
+        tiny("run", *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_user_error_has_no_traceback(photos):
+    command = [sys.executable, "-m", "dfn_fast.train", "camvid", "--root", "nowhere"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=photos)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert "nowhere" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "runs" not in os.listdir(photos)
+
+
+def test_accumulated_gradients_are_the_mean(tiny):
+    """Two equal batches accumulated are one batch: the average, not the sum."""
+    # With one image size and no augmentation, an epoch of the same two images repeated gives equal batches.
+    from dfn_fast.config import TrainConfig
+    from dfn_fast.data.loader import Batch
+    from dfn_fast.trainer.build import build_model
+    from dfn_fast.trainer.trainer import Trainer
+
+    def weights(accumulate):
+        config = TrainConfig(
+            backbone="resnet18",
+            channels=8,
+            border_channels=4,
+            crop=(32, 32),
+            accumulate=accumulate,
+            lr=0.1,
+            device="cpu",
+        )
+        torch.manual_seed(0)
+        trainer = Trainer(build_model(config, 3), config, 10, torch.device("cpu"))
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randint(0, 256, (2, 3, 32, 32), generator=generator, dtype=torch.uint8)
+        labels = torch.randint(0, 3, (2, 32, 32), generator=generator, dtype=torch.uint8)
+        batch = Batch(images, labels, (labels == 1).to(torch.uint8), ["a", "b"])
+        trainer.step([batch] * accumulate, 0)
+        return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+    torch.testing.assert_close(weights(2), weights(1), rtol=1e-5, atol=1e-6)
+
+
+def test_a_worker_that_dies_or_hangs_ends_the_run_with_its_sample(tiny, photos, monkeypatch):
+    def hostile(how):
+        def read(path):
+            if str(path).endswith("train/images/07.png") and multiprocessing.parent_process() is not None:
+                how()
+            return real(path)
+
+        return read
+
+    real = base.read_image
+    for name, how, text in (
+        ("killed", lambda: os.kill(os.getpid(), signal.SIGKILL), "a loading process has died"),
+        ("hangs", lambda: time.sleep(3600), "no batch came from the loading processes for 5 s"),
+    ):
+        monkeypatch.setattr(base, "read_image", hostile(how))
+        with pytest.raises(DataError, match=rf"{text}(.|\n)*train/images/07\.png with .*train/masks/07\.png"):
+            tiny(name, "--workers", "2", "--loader-timeout", "5")
+
+
+def test_a_worker_that_dies_during_a_step_ends_the_run_by_name_too(tiny, monkeypatch):
+    others = multiprocessing.active_children()  # of tests before
+
+    def step(*_):
+        for worker in multiprocessing.active_children():
+            if worker not in others:
+                os.kill(worker.pid, signal.SIGKILL)
+        time.sleep(60)  # PyTorch raises here, at the signal that a child has died
+
+    monkeypatch.setattr(Trainer, "step", step)
+    with pytest.raises(DataError, match="a loading process has died"):
+        tiny("run", "--workers", "1")
+
+
+def test_a_damaged_checkpoint_is_not_continued(tiny):
+    folder = tiny("run", "--stop-after", "1")
+    whole = read_file(folder.last)
+    wrong = [{"position": value} for value in (3, {"epoch": "one"}, {"wings": 1})]
+    wrong += [{"optimizer": {}}, {"random": {}}, {"random": [1, 2]}, {"model": {"a": torch.zeros(1)}}]
+    for changes in wrong:
+        torch.save({**whole, **changes}, folder.last)
+        with pytest.raises(CheckpointError, match=r"run/last\.pth: this is not the checkpoint of a run of this net"):
+            tiny("run", "--resume")
+
+
+def test_lines_of_the_metrics_that_are_no_records_are_left_out(tiny):
+    folder = tiny("run", "--stop-after", "2")
+    kept = folder.metrics()
+    with folder.metrics_file.open("ab") as file:
+        file.write(
+            b'[1]\n{"kind": []}\n{"kind": "train"}\n\xff\xfe\n' + b"[" * 100_000 + b'\n{"kind": "val", "epoch": "x"}\n'
+        )
+    folder.forget_after(2, 0)
+    assert folder.metrics() == kept
+    assert len(kept) == 2
