@@ -10,9 +10,9 @@ gets ``STEP.log``, ``STEP.json`` (for ``python -m benchmarks.record``), ``result
 benchmarks take a CPU's sizes.
 """
 
+import contextlib
 import dataclasses
 import importlib.util
-import json
 import os
 import shlex
 import shutil
@@ -28,7 +28,7 @@ import torch
 from benchmarks.reporting.results import RESULTS
 from dfn_fast import cli
 from dfn_fast.errors import ConfigError
-from dfn_fast.files import write_text
+from dfn_fast.files import write_json
 
 ROOT = RESULTS.parent.parent
 GRACE = 30.0  # seconds from the request to stop, at which pytest still writes its results, to the end
@@ -104,8 +104,7 @@ def run(step: Step, output: Path, camvid: str, seconds: float) -> dict[str, Any]
     stopped = False
     with log.open("w") as file:
         process = subprocess.Popen(
-            command_of(step, output, camvid),
-            shell=True,
+            shlex.split(command_of(step, output, camvid)),  # no shell: it would end at the signal, before the step does
             cwd=ROOT,
             stdout=file,
             stderr=subprocess.STDOUT,
@@ -126,13 +125,18 @@ def run(step: Step, output: Path, camvid: str, seconds: float) -> dict[str, Any]
 
 
 def stop(process: subprocess.Popen) -> None:
-    """Asks the step to end, as Ctrl-C does, and after :data:`GRACE` seconds makes it."""
-    os.killpg(process.pid, signal.SIGINT)
-    try:
+    """Asks the step to end, as Ctrl-C does, waits up to :data:`GRACE` seconds, and kills all that is left of it."""
+    send(process, signal.SIGINT)
+    with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(GRACE)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    send(process, signal.SIGKILL)
+    process.wait()
+
+
+def send(process: subprocess.Popen, number: signal.Signals) -> None:
+    """Sends a signal to the step and to every process that it started and that still runs."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
 
 
 def copy_results(output: Path, since: float) -> None:
@@ -161,7 +165,7 @@ def go(steps: list[Step], output: Path, minutes: float, camvid: str) -> tuple[li
         how = "stopped" if found["stopped"] else f"exit {found['exit_code']}"
         print(f"  {how} after {found['minutes']:.1f} minutes: {found['last_line'][:200]}", flush=True)
         copy_results(output, begun)
-        write_text(output / "round.json", json.dumps({"steps": done, "left": left}, indent=1) + "\n")
+        write_json(output / "round.json", {"steps": done, "left": left})
     return done, left
 
 

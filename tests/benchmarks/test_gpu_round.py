@@ -1,16 +1,18 @@
 """The round on a GPU: order, limits, what is kept of a step that is stopped, what is left for the next call."""
 
+import contextlib
+import fcntl
 import json
 import shlex
+import subprocess
 import sys
+import time
 
 import pytest
 
 from benchmarks import gpu_round
 from benchmarks.gpu_round import STEPS, Step
 from dfn_fast.errors import ConfigError
-
-SLEEP = 'python -c "import time; print(1, flush=True); time.sleep(60)"'
 
 
 @pytest.fixture
@@ -38,18 +40,72 @@ def test_steps_run_in_order_and_those_that_do_not_fit_are_left(tmp_path, results
     assert "a: what a says, about 0.1 minutes\n  exit 0 after 0.0 minutes: 5\n" in capsys.readouterr().out
 
 
-def test_a_step_is_stopped_at_its_limit_and_the_next_one_begins(tmp_path, results):
-    done, left = go(tmp_path, Step("slow", 0.01, "", SLEEP, limit=0.05), Step("next", 0.01, "", 'python -c "print(2)"'))
-    assert [(found["stopped"], found["last_line"]) for found in done] == [(True, "KeyboardInterrupt"), (False, "2")]
+@pytest.fixture
+def ready(tmp_path, monkeypatch):
+    """A file. The time of a step begins when the step has made it, however busy the machine is."""
+    file = tmp_path / "ready"
+
+    class Watched(subprocess.Popen):
+        def wait(self, timeout=None):
+            while not file.exists() and self.poll() is None:
+                time.sleep(0.01)
+            return super().wait(timeout)
+
+    monkeypatch.setattr(subprocess, "Popen", Watched)
+    return file
+
+
+def sleeping(ready, on_signal, first=""):
+    """A step that does ``first``, makes the file ``ready``, and sleeps; its limit is a twentieth of a second."""
+    code = "import pathlib, signal, subprocess, sys, time\n"
+    code += f"signal.signal(signal.SIGINT, {on_signal})\n{first}\n"
+    code += f"pathlib.Path({str(ready)!r}).touch()\ntime.sleep(600)"
+    return Step("sleeping", 0.01, "", f"python -c {shlex.quote(code)}", limit=0.001)
+
+
+ANSWER = "lambda *_: (print('asked', flush=True), sys.exit(5))"
+
+
+def test_a_step_is_stopped_at_its_limit_and_the_next_one_begins(tmp_path, results, ready):
+    done, left = go(tmp_path, sleeping(ready, ANSWER), Step("next", 0.01, "", 'python -c "print(2)"'))
+    # It was asked by SIGINT, and waited for: its exit code and its last words are there.
+    expected = [(True, 5, "asked"), (False, 0, "2")]
+    assert [(found["stopped"], found["exit_code"], found["last_line"]) for found in done] == expected
     assert left == []
+    assert json.loads((tmp_path / "round.json").read_text()) == {"steps": done, "left": []}
 
 
-def test_a_step_that_does_not_listen_is_killed(tmp_path, results, monkeypatch):
-    monkeypatch.setattr(gpu_round, "GRACE", 0.5)
-    deaf = SLEEP.replace("import time;", "import signal, time; signal.signal(2, signal.SIG_IGN);")
-    ((found,), _) = go(tmp_path, Step("deaf", 0.01, "", deaf, limit=0.03))
+def test_a_step_that_does_not_listen_is_killed(tmp_path, results, ready, monkeypatch):
+    monkeypatch.setattr(gpu_round, "GRACE", 0.2)
+    ((found,), _) = go(tmp_path, sleeping(ready, "signal.SIG_IGN"))
     assert found["stopped"]
     assert found["exit_code"] == -9
+
+
+def test_what_a_stopped_step_started_ends_with_it(tmp_path, results, ready):
+    held = tmp_path / "held"
+    child = f"import fcntl, time; file = open({str(held)!r}, 'w'); fcntl.flock(file, fcntl.LOCK_EX); "
+    child += "print(1, flush=True); time.sleep(600)"
+    command = f"[sys.executable, '-c', {child!r}]"
+    # The child ignores SIGINT, as its parent does when it starts it.
+    first = "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+    first += f"child = subprocess.Popen({command}, stdout=subprocess.PIPE)\nchild.stdout.readline()\n"
+    first += f"signal.signal(signal.SIGINT, {ANSWER})"
+    ((found,), _) = go(tmp_path, sleeping(ready, ANSWER, first))
+    assert (found["stopped"], found["exit_code"]) == (True, 5)
+    assert is_free(held)
+
+
+def is_free(file, seconds=10):
+    """Whether no process locks ``file``; one that was killed may take a moment to end."""
+    end = time.monotonic() + seconds
+    with file.open() as opened:
+        while time.monotonic() < end:
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            time.sleep(0.01)
+    return False
 
 
 def test_what_a_step_measured_lies_beside_its_log(tmp_path, results):
