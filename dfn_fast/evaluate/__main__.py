@@ -20,7 +20,7 @@ examples:
   python -m dfn_fast.evaluate runs/camvid/best.pth --root CamVid
   python -m dfn_fast.evaluate best.pth --data voc --root VOCdevkit --scales 0.5 0.75 1 1.5 1.75 --flip
   python -m dfn_fast.evaluate best.pth --data cityscapes --root cityscapes --window 800 --json val.json
-  python -m dfn_fast.evaluate dfn.pth --data voc --root VOCdevkit --preset torchseg
+  python -m dfn_fast.evaluate dfn.pth --data voc --root VOCdevkit --rule torchseg
 """
 
 

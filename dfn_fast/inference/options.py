@@ -3,7 +3,9 @@
 import argparse
 
 from dfn_fast import cli
-from dfn_fast.inference.predictor import AMPS, PRESETS, Predictor
+from dfn_fast.inference.engine import AMPS
+from dfn_fast.inference.predictor import Predictor
+from dfn_fast.inference.settings import RULES
 from dfn_fast.inference.windows import WEIGHTS
 from dfn_fast.network.reference import ReferenceDFN
 
@@ -24,8 +26,10 @@ def add_inference_options(parser: argparse.ArgumentParser) -> None:
         help="share of a window that the next covers (default: 1/3)",
     )
     group.add_argument(
-        "--preset",
-        choices=PRESETS,
+        "--rule",
+        "--preset",  # its older name
+        dest="rule",
+        choices=RULES,
         default="mean",
         metavar="NAME",
         help="mean: probabilities are averaged (default); torchseg: as DFN's authors combine them, windows of 512",
@@ -53,7 +57,7 @@ def add_inference_options(parser: argparse.ArgumentParser) -> None:
 
 def predictor_from(arguments: argparse.Namespace, model: ReferenceDFN) -> Predictor:
     """The predictor that the options of :func:`add_inference_options` ask for, on the model's device."""
-    names = ("scales", "flip", "window", "overlap", "window_weight", "preset", "amp", "compile", "bucket")
+    names = ("scales", "flip", "window", "overlap", "window_weight", "rule", "amp", "compile", "bucket")
     settings = {name: getattr(arguments, name) for name in names}
     if settings["amp"] is None:  # labels that depend on which image came first must be asked for
         settings["amp"] = "auto" if next(model.parameters()).is_cuda else "off"

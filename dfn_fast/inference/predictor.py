@@ -1,86 +1,65 @@
-"""From images to their segmentation: several scales, mirror images, windows; as one graph on a GPU.
+"""From images to labels: several scales, mirror images, windows; as one graph on a GPU.
 
-With ``z(x, size)`` the network's stride-4 scores of ``x`` resized to ``size`` (bilinear, ``align_corners=True``),
-preset ``"mean"`` is, over scales ``s`` and, with flip, both the scaled image ``I_s`` and its mirror image::
-
-    probabilities = mean of softmax(z(I_s, image's size))             mirrored scores are mirrored back
-
-With windows, the scores ``z(tile, tile's size)`` of all tiles that hold a pixel are averaged at the scaled size and
-then resized to the image's. A scaled image that fits into the window is seen as a whole, as without windows.
-
-Preset ``"torchseg"`` is the evaluator of DFN's authors: window 512, stride 2/3 of it, and::
-
-    sum over s of resize(sum over tiles of softmax(z(tile)) * mirrored back softmax(z(mirrored tile)))
-
-with products and sums not normalised, so that pixels of several tiles weigh more where scales differ, and with half
-pixels as centres in the last resize. What it pads is black, unless the whole scaled image fits in a window.
-
-The network is the model's :class:`~dfn_fast.network.fused.FusedDFN`. Images as a whole take one upload of uint8, one
-:func:`~dfn_kernels.resize_normalize` a scale with both mirror images in a batch, one
-:func:`~dfn_kernels.multiscale_argmax` over all scales and one download of labels; with windows the result is put
-together a band of rows at a time (:mod:`dfn_fast.inference.windows`).
+An image goes down once: ``settings`` says what decides the result and defines it; ``Predictor`` uploads the image and
+chooses precision and graphs; ``combine`` scales it, cuts it into windows and puts the scores together; ``engine`` runs
+the fused network (:class:`~dfn_fast.network.fused.FusedDFN`). Whole images take one upload of uint8, one
+:func:`~dfn_kernels.multiscale_argmax` over all scales and one download of labels.
 """
 
-import contextlib
-import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, overload
 
-import cv2
 import numpy as np
 import torch
 from torch import Tensor
 
-from dfn_fast.data.normalize import IMAGENET_MEAN, IMAGENET_STD, normalize
+from dfn_fast.data.normalize import IMAGENET_MEAN, IMAGENET_STD
 from dfn_fast.errors import ConfigError, UserError
-from dfn_fast.inference.padding import bucketed, pad_centred, pad_corner
-from dfn_fast.inference.windows import WEIGHTS, Cropped, WholeScores, WindowScores, resized_rows
-from dfn_fast.network.backbone import MIN_SIZE
-from dfn_fast.network.blocks import resize
+from dfn_fast.inference.combine import bands, small_maps, source
+from dfn_fast.inference.engine import AMPS, MOST_AT_ONCE, Engine, memory_advice
+from dfn_fast.inference.padding import bucketed, pad_corner
+from dfn_fast.inference.settings import Settings, require_choice, require_positive
+from dfn_fast.inference.windows import resized_rows
 from dfn_fast.network.fused import FusedDFN
-from dfn_fast.network.losses import at_least_float32
 from dfn_fast.network.reference import ReferenceDFN
-from dfn_fast.runtime.device import HALVES, inductor_options
 from dfn_fast.runtime.graph_cache import CudaGraphs, GraphCache
 from dfn_kernels import multiscale_argmax, resize_normalize
 from dfn_kernels.common.cpu import has_bf16_arithmetic
 
-PRESETS = ("mean", "torchseg")
-AMP_DTYPES = {"off": None, **HALVES}
-AMPS = ("auto", *AMP_DTYPES)
 AGREEMENT = 0.999  # of labels in bf16 with those in float32: what "auto" asks of the first image on a CPU
-TORCHSEG_WINDOW = 512
-BAND_BYTES = 1 << 26  # of the probabilities that are put together at a time
-MOST_AT_ONCE = 32  # images or tiles of one batch
+NOT_FINITE = "the network's scores are not finite: the checkpoint is damaged, or try --amp off"
 
 
 class Predictor:
     """Segments images of any size: ``predictor(image)`` is the label map.
 
     Args:
-        model: a ReferenceDFN or FastDFN, which is moved to ``device`` and else left as it is, or a FusedDFN. Later
+        model: a ReferenceDFN or FastDFN, which is moved to ``device`` and otherwise left as it is, or a FusedDFN. Later
             changes of the model's weights are seen after :meth:`refresh`.
         scales: factors of the image's size, each side rounded; a side is not made smaller than 32.
-        flip: takes the mirror image in too.
+        flip: also averages over the mirrored image.
         window: side or (height, width) of the tiles that the scaled image is cut into; None: the image as a whole.
             Tiles cover the image, the last ones flush with its edge; a side longer than the image is cut to it.
-        overlap: the share of a tile that the next one covers again, at least.
+        overlap: the least share of a tile that the next one covers again.
         window_weight: ``"count"``: tiles that hold a pixel count alike; ``"gaussian"``: less towards their edges.
         batch: images of one size, or tiles, in one run of the network; None: 1 on a CPU, on CUDA as many as free memory
-            allows. Where memory does not suffice after all, half as many.
-        preset: ``"mean"`` or ``"torchseg"``, see this file's docstring.
-        device: None: where the model is.
+            allows. If memory does not suffice after all, half as many.
+        rule: ``"mean"`` or ``"torchseg"``: how scores of scales and tiles become one, see
+            :mod:`dfn_fast.inference.settings`.
+        device: defaults to the model's own.
         amp: ``"off"``, ``"bf16"`` or ``"fp16"``: the precision of the network, not of what follows it. ``"auto"``: bf16
             on CUDA; on a CPU with bf16 arithmetic too, unless it changes more than one label in a thousand of the first
             image.
-        compile: the network through torch.compile, once for each size: half a minute, then less a run.
-        graphs: on CUDA, each size of whole images as one CUDA graph.
-        graph_cache_bytes: what the graphs of all sizes may take together.
+        compile: runs the network through torch.compile, once for each size: half a minute, then less a run.
+        graphs: on CUDA, runs each size of whole images as one CUDA graph.
+        graph_cache_bytes: the most that the graphs of all sizes may take together.
         bucket: pads images to multiples of this at the bottom and right, and cuts the labels out again: fewer sizes,
             fewer graphs, slightly other labels.
+        preset: an older name of ``rule``.
 
-    An image smaller than 32 is padded all round with the mean colour and its scores cut out again.
+    An image smaller than 32 is padded all round with the mean colour and its scores cut out again. Raises
+    :class:`ConfigError` for an argument that is out of range.
     """
 
     def __init__(
@@ -93,48 +72,35 @@ class Predictor:
         overlap: float = 1 / 3,
         window_weight: str = "count",
         batch: int | None = None,
-        preset: str = "mean",
+        rule: str = "mean",
         device: torch.device | str | None = None,
         amp: str = "auto",
         compile: bool = False,  # noqa: A002  torch's own word for it
         graphs: bool = True,
         graph_cache_bytes: int = 1 << 31,
         bucket: int | None = None,
+        preset: str | None = None,
     ):
-        self.scales = tuple(float(scale) for scale in scales)
-        if not self.scales or not all(0 < scale < math.inf for scale in self.scales):
-            raise ConfigError(f"scales {list(scales)}: expected one or more positive numbers, such as 0.5 1 1.5")
-        for name, value, choices in (
-            ("preset", preset, PRESETS),
-            ("amp", amp, AMPS),
-            ("window_weight", window_weight, WEIGHTS),
-        ):
-            if value not in choices:
-                raise ConfigError(f"{name} {value!r}: expected one of {', '.join(choices)}")
-        if not 0 <= overlap < 1:
-            raise ConfigError(f"overlap {overlap}: expected a share of the window from 0 to below 1")
-        for name, number in (("batch", batch), ("bucket", bucket), ("graph_cache_bytes", graph_cache_bytes)):
-            if number is not None and number < 1:
-                raise ConfigError(f"{name} {number}: expected a positive number")
-        if window is None and preset == "torchseg":
-            window = TORCHSEG_WINDOW
-        self.window = (window, window) if isinstance(window, int) else window
-        if self.window is not None and min(self.window) < MIN_SIZE:
-            raise ConfigError(f"window {window}: expected at least {MIN_SIZE}, the network's largest stride")
-        self.flip, self.overlap, self.preset, self.amp = flip, overlap, preset, amp
-        self.window_weight, self.batch, self.bucket = window_weight, batch, bucket
-        self.graphs, self.graph_cache_bytes, self.compile = graphs, graph_cache_bytes, compile
+        if preset is not None:
+            if rule not in ("mean", preset):
+                raise ConfigError(f"rule {rule!r} and preset {preset!r}: preset is an older name of rule; give one")
+            rule = preset
+        require_choice("amp", amp, AMPS)
+        require_positive("batch", batch)
+        require_positive("graph_cache_bytes", graph_cache_bytes)
+        sides = (window, window) if isinstance(window, int) else window
+        factors = tuple(float(scale) for scale in scales)
+        self._settings = Settings(factors, flip, sides, overlap, window_weight, rule, bucket)
         self.model = model if device is None else model.to(device)
-        self._lock = threading.RLock()  # of what is made at the first call
-        self.refresh()
+        self.batch, self.graphs, self.graph_cache_bytes = batch, graphs, graph_cache_bytes
+        self.engine = Engine(self.model, amp, compile, batch)
+        self._lock = threading.RLock()  # of the choice of precision
+        self._cache: GraphCache | None = None
 
     def refresh(self) -> None:
         """Takes the model's weights as they are now."""
-        self._network: FusedDFN | None = None
-        self._border_network: FusedDFN | None = None
-        self._compiled: Any = None
-        self._cache: GraphCache | None = None
-        self._tile_bytes: dict[tuple[int, ...], int] = {}
+        self.engine.refresh()
+        self._cache = None
 
     @overload
     def __call__(self, image: np.ndarray) -> np.ndarray: ...
@@ -148,8 +114,8 @@ class Predictor:
         """RGB uint8 ``[H, W, 3]`` -> class ids uint8 ``[H, W]``; a list of such arrays, of any sizes -> a list.
 
         A tensor ``[H, W, 3]`` or ``[B, H, W, 3]`` -> a tensor ``[H, W]`` or ``[B, H, W]`` on the network's device; the
-        host does not wait for it, and scores that are not finite, which are an error otherwise, pass unseen there.
-        Raises :class:`UserError` where the network's scores are not finite, or memory does not suffice.
+        host does not wait for it, so scores that are not finite are not reported there. Raises :class:`UserError` if
+        the network's scores are not finite, or memory does not suffice.
         """
         if isinstance(image, Tensor):
             check_image(image[0] if image.ndim == 4 and len(image) else image)
@@ -183,17 +149,17 @@ class Predictor:
     def probabilities(self, image: np.ndarray) -> Tensor:
         """``[H, W, 3]`` RGB uint8 -> ``[K, H, W]`` float32 on the model's device; they add up to 1 at each pixel.
 
-        Raises :class:`UserError` where the network's scores are not finite, or memory does not suffice.
+        Raises :class:`UserError` if the network's scores are not finite, or memory does not suffice.
         """
         check_image(image)
         with memory_advice(image.shape[:2]):
             x = self._upload([image])
             self._decide_precision(x)
-            if self.window is None:
-                maps, flipped = self._maps(x)
+            if self._settings.window is None:
+                maps, flipped = small_maps(self.engine, self._settings, x)
                 total = multiscale_argmax(maps, image.shape[:2], flipped=flipped, return_scores=True)[1][0]
             else:
-                total = torch.cat(list(self._bands(x)), 1)
+                total = torch.cat(list(bands(self.engine, self._settings, x)), 1)
                 # The sum is a constant for "mean". Products of torchseg's can all be too small for the dtype.
                 total /= total.sum(0).clamp(min=torch.finfo(total.dtype).tiny)
         if not torch.isfinite(total).all():
@@ -210,64 +176,38 @@ class Predictor:
         with memory_advice(size):
             x = self._upload([image])
             self._decide_precision(x)
-            if self._border_network is None:
-                self._border_network = self._fused(return_border=True)
-            network = self._border_network
-
-            def scores_of(data: Tensor) -> Tensor:
-                return network.border_scores(network.stages(data))
-
-            x = resize_normalize(x, size, IMAGENET_MEAN, IMAGENET_STD, dtype=network.dtype)
-            source = self._source(x, scores_of, flip=False)
-            rows = resized_rows(source.rows, source.size, 0, size[0], size, like=source.like)
+            dtype = self.engine.border_network.dtype
+            x = resize_normalize(x, size, IMAGENET_MEAN, IMAGENET_STD, dtype=dtype)
+            scores = source(self.engine, self._settings, x, self.engine.border_scores, flip=False)
+            rows = resized_rows(scores.rows, scores.size, 0, size[0], size, like=scores.like)
         return torch.sigmoid(rows[0, 0]).float().cpu().numpy()
 
     @property
     def device(self) -> torch.device:
-        return self.model.device if isinstance(self.model, FusedDFN) else next(self.model.parameters()).device
+        return self.engine.device
+
+    @property
+    def amp(self) -> str:
+        """The precision of the network; ``"auto"`` until the first image has decided it."""
+        return self.engine.amp
 
     @property
     def network(self) -> FusedDFN:
         """The fused network, made when it is first needed."""
-        with self._lock:
-            if self._network is None:
-                self._network = self._fused()
-            return self._network
-
-    def _fused(self, *, return_border: bool = False) -> FusedDFN:
-        if isinstance(self.model, FusedDFN):
-            return self.model
-        dtype = None if self.amp == "auto" else AMP_DTYPES[self.amp]
-        return FusedDFN(self.model, return_border=return_border, dtype=dtype, plain=self.compile)
+        return self.engine.network
 
     def settings(self) -> dict[str, Any]:
         """The arguments that decide the result, as plain values for JSON."""
-        return {
-            "scales": list(self.scales),
-            "flip": self.flip,
-            "window": self.window and list(self.window),
-            "overlap": self.window and self.overlap,
-            "window_weight": self.window and self.window_weight,
-            "preset": self.preset,
-            "amp": self.amp,
-            "bucket": self.bucket,
-        }
+        return {**self._settings.to_dict(), "amp": self.amp}
 
     def describe(self) -> str:
         """Scales, flip and window in words: what a number that came from this predictor must name."""
-        window = "whole image"
-        if self.window is not None:
-            window = f"window {self.window[0]}x{self.window[1]} overlap {self.overlap:.2f}"
-            window += f" {self.window_weight}" if self.window_weight != "count" else ""
-        scales = f"scale{'s' if len(self.scales) > 1 else ''} {' '.join(f'{scale:g}' for scale in self.scales)}"
-        rest = ", torchseg preset" if self.preset == "torchseg" else ""
-        rest += f", {self.amp}" if self.amp not in ("off", "auto") else ""
-        rest += f", padded to multiples of {self.bucket}" if self.bucket else ""
-        return f"{scales}, {'flip' if self.flip else 'no flip'}, {window}{rest}"
+        return self._settings.describe(self.amp)
 
     def warm_up(self, sizes: Sequence[tuple[int, int]], batch: int = 1) -> None:
-        """Prepares for images of ``sizes`` (height, width), the largest first, where a size has a graph of its own."""
-        sizes = [bucketed(size, self.bucket) if self.bucket else size for size in sizes]
+        """Prepares for images of ``sizes`` (height, width), the largest first, if a size has a graph of its own."""
+        bucket = self._settings.bucket
+        sizes = [bucketed(size, bucket) if bucket else size for size in sizes]
         self._decide_precision()
         cache = self._graphs()
         if cache is not None:
@@ -280,8 +220,8 @@ class Predictor:
     def _labels(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """uint8 ``[B, H, W, 3]`` on the device -> labels ``[B, H, W]``, and whether all scores were finite."""
         height, width = images.shape[1:3]
-        if self.bucket:
-            images = pad_corner(images, bucketed((height, width), self.bucket))
+        if self._settings.bucket:
+            images = pad_corner(images, bucketed((height, width), self._settings.bucket))
         self._decide_precision(images)
         cache = self._graphs()
         flat = self._run(images) if cache is None else cache(images)
@@ -289,18 +229,19 @@ class Predictor:
         return labels[:, :height, :width], flat[-1]
 
     def _run(self, images: Tensor) -> Tensor:
-        """Labels as one row of bytes, and behind them 1 where all scores were finite: one tensor to bring home."""
-        if self.window is None:
-            maps, flipped = self._maps(images)
+        """Labels as one row of bytes, and behind them 1 if all scores were finite: one tensor to bring home."""
+        if self._settings.window is None:
+            maps, flipped = small_maps(self.engine, self._settings, images)
             labels = multiscale_argmax(maps, images.shape[1:3], flipped=flipped)
             finite = torch.stack([x.isfinite().all() for x in maps]).all()
         else:
-            bands = [(x.argmax(0).to(torch.uint8), x.isfinite().all()) for i in images for x in self._bands(i[None])]
-            labels, finite = torch.cat([band for band, _ in bands]), torch.stack([good for _, good in bands]).all()
+            rows = (x for image in images for x in bands(self.engine, self._settings, image[None]))
+            found = [(x.argmax(0).to(torch.uint8), x.isfinite().all()) for x in rows]
+            labels, finite = torch.cat([band for band, _ in found]), torch.stack([good for _, good in found]).all()
         return torch.cat([labels.flatten(), finite[None].to(torch.uint8)])
 
     def _graphs(self) -> GraphCache | None:
-        """The graphs of whole images, where there are to be any."""
+        """The graphs of whole images, if there are to be any."""
         if not self._wants_graphs():
             return None
         if self._cache is None:
@@ -308,147 +249,27 @@ class Predictor:
         return self._cache
 
     def _wants_graphs(self) -> bool:
-        return self.device.type == "cuda" and self.graphs and self.window is None
+        return self.device.type == "cuda" and self.graphs and self._settings.window is None
 
     def _decide_precision(self, images: Tensor | None = None) -> None:
-        """Ends ``amp="auto"``; on a CPU it takes uint8 images ``[B, H, W, 3]`` to tell, and waits for some."""
+        """Resolves ``amp="auto"``. On a CPU this compares labels, so it waits for the first images."""
+        engine = self.engine
         with self._lock:
-            if self.amp != "auto":
+            if engine.amp != "auto":
                 return
             if isinstance(self.model, FusedDFN) or next(self.model.parameters()).dtype != torch.float32:
-                self.amp = "off"
-            elif self.device.type == "cuda":
-                self._take("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "off")
+                engine.amp = "off"
+            elif engine.device.type == "cuda":
+                engine.use("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "off")
             elif not has_bf16_arithmetic():
-                self.amp = "off"
+                engine.amp = "off"
             elif images is not None:
-                self.amp = "off"
+                engine.amp = "off"
                 exact = self._run(images)
-                self._take("bf16")
+                engine.use("bf16")
                 share = (self._run(images) == exact)[:-1].float().mean().item()
                 if share < AGREEMENT:
-                    self._take("off")
-
-    def _take(self, amp: str) -> None:
-        """Changes the precision, with networks to be made anew."""
-        self.amp = amp
-        self._network = self._border_network = self._compiled = None
-
-    def _maps(self, images: Tensor) -> tuple[list[Tensor], list[bool]]:
-        """The small score maps of all scales, each of the images and with flip of their mirror images."""
-        maps, flipped = [], []
-        for scale in self.scales:
-            x = self._input(images, scale, self.flip)
-            size, inside = (x.shape[2], x.shape[3]), None
-            if min(size) < MIN_SIZE:
-                x, inside = pad_centred(x, (MIN_SIZE, MIN_SIZE))
-            scores = self._scores(x)
-            if inside is not None:
-                scores = resize(at_least_float32(scores), x.shape[2:])[inside]
-            halves = scores.split(len(images))
-            maps += halves
-            flipped += [False, True][: len(halves)]
-        return maps, flipped
-
-    def _scaled_size(self, size: Sequence[int], scale: float) -> tuple[int, int]:
-        height, width = (max(round(scale * side), min(MIN_SIZE, side)) for side in size)
-        return height, width
-
-    def _input(self, images: Tensor, scale: float, flip: bool = False) -> Tensor:
-        """The scaled images, normalised, ``[B, 3, h, w]``, with ``flip`` their mirror images as a second half."""
-        size = self._scaled_size(images.shape[1:3], scale)
-        return resize_normalize(images, size, IMAGENET_MEAN, IMAGENET_STD, flip=flip, dtype=self.network.dtype)
-
-    def _scores(self, x: Tensor) -> Tensor:
-        """Stride-4 scores of normalised images ``[B, 3, h, w]``; half as many at a time where memory ends."""
-        network = self.network
-        if self.compile and self._compiled is None:
-            options = inductor_options(freezing=x.device.type == "cpu")
-            self._compiled = torch.compile(network.scores, options=options)
-        try:
-            return self._compiled(x) if self.compile else network.scores(x)
-        except RuntimeError as error:
-            if len(x) == 1 or not out_of_memory(error) or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
-                raise
-        return torch.cat([self._scores(half) for half in x.chunk(2)])
-
-    def _bands(self, image: Tensor) -> Iterator[Tensor]:
-        """Sums over scales of uint8 ``[1, H, W, 3]``, from the top, ``[K, rows, W]`` at a time: with ``"mean"``
-        probabilities, with ``"torchseg"`` what it adds up."""
-        size = (image.shape[1], image.shape[2])
-        sources = [
-            self._torchseg(image, s) if self.preset == "torchseg" else self._windowed(image, s) for s in self.scales
-        ]
-        rows = max(BAND_BYTES // (4 * self.network.num_classes * size[1] * (2 if self.flip else 1)), 1)
-        for begin in range(0, size[0], rows):
-            end = min(begin + rows, size[0])
-            total: Tensor | None = None
-            for source in sources:
-                x = resized_rows(
-                    source.rows, source.size, begin, end, size, align_corners=source.align_corners, like=source.like
-                )
-                x = x[0] if self.preset == "torchseg" else torch.softmax(x, dim=1).mean(0) / len(sources)
-                total = x if total is None else total + x
-            assert total is not None
-            yield total
-
-    def _windowed(self, image: Tensor, scale: float) -> WholeScores | WindowScores | Cropped:
-        return self._source(self._input(image, scale), self._scores, self.flip)
-
-    def _source(self, x: Tensor, network: Any, flip: bool) -> WholeScores | WindowScores | Cropped:
-        """The scores of a scaled image ``[1, 3, h, w]``, in windows where it does not fit into one."""
-        inside = None
-        if min(x.shape[2:]) < MIN_SIZE:
-            x, inside = pad_centred(x, (MIN_SIZE, MIN_SIZE))
-        window = tuple(min(a, b) for a, b in zip(self.window or x.shape[2:], x.shape[2:], strict=True))
-        height, width = (max(side, MIN_SIZE) for side in window)
-        if (height, width) == x.shape[2:]:
-            scores = network(torch.cat([x, x.flip(3)]) if flip else x)
-            scores = torch.stack([scores[0], scores[1].flip(-1)]) if flip else scores
-            if inside is None:
-                return WholeScores(scores)
-            return WholeScores(resize(at_least_float32(scores), x.shape[2:])[inside])
-        source = WindowScores(
-            network,
-            x,
-            (height, width),
-            self.overlap,
-            flip=flip,
-            batch=self._tiles_at_once(x, (height, width)),
-            weight=self.window_weight,
-        )
-        return source if inside is None else Cropped(source, inside)
-
-    def _torchseg(self, image: Tensor, scale: float) -> Cropped:
-        """The authors' rule at one scale; the image by factor, not by size: another grid where a side was rounded."""
-        assert self.window is not None
-        scaled = image[0].cpu().numpy()
-        if min(round(scale * side) for side in scaled.shape[:2]) > 0:
-            scaled = cv2.resize(scaled, None, fx=scale, fy=scale, interpolation=cv2.INTER_LINEAR)
-        x = normalize(torch.tensor(scaled, device=image.device).permute(2, 0, 1)[None], self.network.dtype)
-        fits = x.shape[2] <= self.window[0] and x.shape[3] <= self.window[1]
-        black = None if fits else normalize(torch.zeros(1, 3, 1, 1, dtype=torch.uint8, device=x.device), x.dtype)
-        x, inside = pad_centred(x, self.window, black)
-        batch = self._tiles_at_once(x, self.window)
-        source = WindowScores(self._scores, x, self.window, self.overlap, flip=self.flip, batch=batch, product=True)
-        return Cropped(source, inside)
-
-    def _tiles_at_once(self, x: Tensor, window: tuple[int, int]) -> int:
-        """How many tiles a run of the network takes: as given, or as free memory allows after a run with one."""
-        if self.batch is not None or x.device.type != "cuda":
-            return self.batch or 1
-        if window not in self._tile_bytes:
-            torch.cuda.reset_peak_memory_stats(x.device)
-            before = torch.cuda.memory_allocated(x.device)
-            self._scores(x[:, :, : window[0], : window[1]])
-            self._tile_bytes[window] = max(torch.cuda.max_memory_allocated(x.device) - before, 1)
-        kept = torch.cuda.memory_reserved(x.device) - torch.cuda.memory_allocated(x.device)
-        free = torch.cuda.mem_get_info(x.device)[0] + kept
-        each = self._tile_bytes[window] * (2 if self.flip else 1)
-        return min(max(int(0.7 * free / each), 1), MOST_AT_ONCE)
-
-
-NOT_FINITE = "the network's scores are not finite: the checkpoint is damaged, or try --amp off"
+                    engine.use("off")
 
 
 def check_image(image: np.ndarray | Tensor) -> None:
@@ -457,21 +278,3 @@ def check_image(image: np.ndarray | Tensor) -> None:
         raise ValueError(f"expected an RGB image [H, W, 3] of uint8, got {image.dtype} {list(image.shape)}")
     if 0 in image.shape:
         raise ValueError(f"expected an RGB image [H, W, 3] of uint8, got an empty one, {list(image.shape)}")
-
-
-def out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
-
-
-@contextlib.contextmanager
-def memory_advice(size: Sequence[int]) -> Iterator[None]:
-    """Turns an out-of-memory error for an image of ``size`` (height, width) into one that says what to do."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not out_of_memory(error):
-            raise
-        raise UserError(
-            f"an image of {size[1]}x{size[0]} does not fit into memory; use --window 512, smaller "
-            "--scales or --amp bf16"
-        ) from error

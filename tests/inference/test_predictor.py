@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from dfn_fast.errors import ConfigError, UserError
+from dfn_fast.inference import combine
 from dfn_fast.inference import predictor as inference
 from dfn_fast.inference.predictor import Predictor
 from dfn_fast.network.fused import FusedDFN
@@ -172,13 +173,13 @@ def test_windows_are_averaged(model, picture, flip, weight, batch):
     np.testing.assert_array_equal(predictor(image), np.mean(expected, axis=0).argmax(0))
 
 
-@pytest.mark.parametrize("settings", [{"window": 48}, {"window": 40, "preset": "torchseg"}], ids=["mean", "torchseg"])
+@pytest.mark.parametrize("settings", [{"window": 48}, {"window": 40, "rule": "torchseg"}], ids=["mean", "torchseg"])
 def test_bands_are_the_whole(model, picture, settings, monkeypatch):
     """Put together a few rows at a time, which is how large images are."""
     image, settings = picture(90, 71), {"scales": (0.6, 1, 1.4), "flip": True, **settings}
     whole = Predictor(model, **settings).probabilities(image)
     for rows in (1, 7):
-        monkeypatch.setattr(inference, "BAND_BYTES", rows * 4 * K * 71 * 2)
+        monkeypatch.setattr(combine, "BAND_BYTES", rows * 4 * K * 71 * 2)
         torch.testing.assert_close(Predictor(model, **settings).probabilities(image), whole, rtol=0, atol=1e-6)
 
 
@@ -190,7 +191,7 @@ def test_many_images_of_any_size(model, picture):
         expected, sizes = [predictor(image) for image in images], []
         predictor.network.stem.register_forward_hook(lambda module, args, out, sizes=sizes: sizes.append(len(out)))
         labels = predictor(images)
-        assert sizes == [n for n in runs for _ in predictor.scales]
+        assert sizes == [n for n in runs for _ in predictor.settings()["scales"]]
         assert len(labels) == 4
         for ours, alone in zip(labels, expected, strict=True):
             np.testing.assert_array_equal(ours, alone)
@@ -359,7 +360,7 @@ def test_a_large_image_of_many_classes_takes_bounded_memory():
     image = np.zeros((900, 4096, 3), np.uint8)
     model = ReferenceDFN(150, backbone="resnet18", channels=8, border=False)
     predictor = Predictor(model, window=512, amp="off", batch=4)
-    predictor._scores = lambda x: x[:, :1, ::4, ::4] * torch.arange(150.0).view(1, 150, 1, 1)
+    predictor.engine.scores = lambda x: x[:, :1, ::4, ::4] * torch.arange(150.0).view(1, 150, 1, 1)
     with Peak() as peak:
         labels = predictor(image)
     assert labels.shape == (900, 4096)
@@ -416,7 +417,7 @@ def test_image_smaller_than_32_is_padded(model, picture):
     scores = resized(small_scores(model, padded), (32, 40))[:, 6 : 6 + 20]
     np.testing.assert_allclose(Predictor(model).probabilities(image), softmax(scores), rtol=0, atol=1e-6)
     assert Predictor(model, scales=(0.5, 1.0), flip=True)(picture(1, 1)).shape == (1, 1)
-    assert Predictor(model, scales=(0.4,), window=32, preset="torchseg")(picture(1, 1)).shape == (1, 1)
+    assert Predictor(model, scales=(0.4,), window=32, rule="torchseg")(picture(1, 1)).shape == (1, 1)
 
 
 def test_a_scale_does_not_make_a_side_smaller_than_32(model, picture):
@@ -427,7 +428,7 @@ def test_a_scale_does_not_make_a_side_smaller_than_32(model, picture):
 
 
 @pytest.mark.parametrize("flip", [False, True])
-def test_torchseg_preset(model, picture, flip):
+def test_torchseg_rule(model, picture, flip):
     """Sums over windows, products over mirror images, sums over scales, cv2's resize, black beside large images."""
     image = picture(49, 91)
     window, stride = 64, 43
@@ -456,13 +457,13 @@ def test_torchseg_preset(model, picture, flip):
                 summed[:, y : y + window, x0 : x0 + window] += product
         inside = summed[:, top : top + H, left : left + W].transpose(1, 2, 0)
         total += cv2.resize(np.ascontiguousarray(inside), (91, 49), interpolation=cv2.INTER_LINEAR)
-    predictor = Predictor(model, scales=(0.5, 1, 1.5), flip=flip, window=window, preset="torchseg")
+    predictor = Predictor(model, scales=(0.5, 1, 1.5), flip=flip, window=window, rule="torchseg")
     expected = total / total.sum(2, keepdims=True)
     np.testing.assert_allclose(predictor.probabilities(image), expected.transpose(2, 0, 1), rtol=0, atol=2e-6)
 
 
 def test_torchseg_windows_are_of_512_unless_told(model):
-    assert Predictor(model, preset="torchseg").window == (512, 512)
+    assert Predictor(model, rule="torchseg").settings()["window"] == [512, 512]
 
 
 def test_border_is_the_last_border_score(model, picture):
@@ -527,9 +528,9 @@ def test_nothing_that_is_not_finite_becomes_a_label(picture, window):
         ({"scales": (1, 0)}, "scales"),
         ({"scales": (math.nan,)}, "scales"),
         ({"window": 31}, "window 31"),
-        ({"window": (64, 16)}, "window"),
+        ({"window": (64, 16)}, "window 64x16"),
         ({"overlap": 1.0}, "overlap"),
-        ({"preset": "median"}, "mean, torchseg"),
+        ({"rule": "median"}, "mean, torchseg"),
         ({"amp": "int8"}, "amp"),
     ],
 )
@@ -565,7 +566,7 @@ def test_too_little_memory_says_what_to_do(model, picture, monkeypatch):
         ({}, "scale 1, no flip, whole image"),
         ({"scales": (0.5, 1), "flip": True}, "scales 0.5 1, flip, whole image"),
         ({"window": 512}, "scale 1, no flip, window 512x512 overlap 0.33"),
-        ({"preset": "torchseg"}, "scale 1, no flip, window 512x512 overlap 0.33, torchseg preset"),
+        ({"rule": "torchseg"}, "scale 1, no flip, window 512x512 overlap 0.33, torchseg rule"),
         ({"amp": "bf16"}, "scale 1, no flip, whole image, bf16"),
     ],
 )
