@@ -2,13 +2,7 @@
 step of a channel attention block, ``out = low * gate + resize(high)``.
 
 ``low`` and ``out`` are ``[B, C, H, W]``, ``high`` ``[B, C, h, w]``, channels_last; h and w may be anything, also larger
-than H and W. With n the bytes of ``low`` and ``high`` a quarter of it, forward moves 2.25 n: ``low`` and ``high`` once,
-one write; the four neighbours of a pixel are cache hits. Backward, ``d_low = d_out`` moves nothing, and ``d_high``
-1.25 n: a program owns a tile of small columns and walks down a run of small rows, reading the full-size rows between
-two of them once for both. What two programs share (one row interval in ``run + 1``, one column interval in
-``COLUMNS + 1``) is read twice, close in time, the second time from L2. The gated backward writes ``d_low`` from the
-same reads: 2.25 n.
-Gradients are gathered: each small pixel adds its full-size pixels in a fixed order.
+than H and W. One pass each way. Gradients are gathered: each small pixel adds its full-size pixels in a fixed order.
 """
 
 import torch

@@ -1,11 +1,9 @@
-"""3x3 convolution with stride 1 and padding 1: what three quarters of DFN's arithmetic is.
+"""3x3 convolution with stride 1 and padding 1: three quarters of DFN's arithmetic.
 
-``out[b, o, y, x] = sum over i, r, s of weight[o, i, r, s] * in[b, i, y + r - 1, x + s - 1]``, zeros outside.
-
-On a CPU, where many channels meet, by Winograd's minimal filtering: 4 times fewer multiplications in float32, 2.25
-times fewer in bfloat16, forward and both gradients. Elsewhere, and for few channels or pixels, PyTorch's own: cuDNN
-chooses among such algorithms itself. Memory format: channels_last. Bytes: input and output once for PyTorch's own;
-Winograd's tiles add some five times as many in a workspace of 64 MB that stays in the process.
+``out[b, o, y, x] = sum over i, r, s of weight[o, i, r, s] * in[b, i, y + r - 1, x + s - 1]``, zeros outside,
+channels_last. On a CPU convolutions of many channels use Winograd's minimal filtering: 4 times fewer multiplications in
+float32, 2.25 times fewer in bfloat16, forward and both gradients. Elsewhere, and for few channels or pixels, PyTorch's
+own convolution runs: cuDNN chooses among such algorithms itself. Winograd's workspace of 64 MB stays in the process.
 """
 
 import torch

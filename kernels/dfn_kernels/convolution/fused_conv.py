@@ -1,9 +1,8 @@
 """Convolution of an inference network: ``out = relu(conv(x, weight) + bias + residual)``, in one pass over ``out``.
 
-Memory format: channels_last. On CUDA one call of cuDNN, on a CPU one of oneDNN with its weight in oneDNN's own layout,
-or Winograd's algorithm for 3x3 convolutions of many channels (:mod:`.conv3x3`). Bytes: x, residual and weight once, out
-once. PyTorch's own convolution writes ``out`` and reads and writes it again for each of bias (on CUDA), residual and
-ReLU.
+Channels_last. On CUDA one call of cuDNN, on a CPU one of oneDNN with its weight in oneDNN's own layout, or Winograd's
+algorithm for 3x3 convolutions of many channels (:mod:`dfn_kernels.convolution.conv3x3`). PyTorch's own convolution
+writes ``out`` and reads and writes it again for each of bias (on CUDA), residual and ReLU.
 """
 
 import functools

@@ -1,14 +1,10 @@
 """Multi-scale decision: ``labels = argmax over K of the mean over maps of softmax(resize(map))``.
 
 Takes any number of score maps ``[B, K, h_i, w_i]`` of different sizes and dtypes, some of them of mirrored images, and
-a full size ``(H, W)``. Each is resized (bilinear, ``align_corners=True``), mirrored back where it was mirrored,
-softmaxed over ``K``; the probabilities are summed in the order given, and the label is the class with the largest sum,
-the lower one of equals. Inference only: there is no gradient.
-
-Maps may lie in memory as they like; those whose classes are innermost (channels_last, also a slice of one padded to
-more channels) are read in place, others are copied to channels_last first. One launch reads each small map, from the
-cache after the first time, and writes one byte a pixel: ``sum(map.nbytes) + B * H * W``, and ``4 * B * K * H * W`` more
-where the probabilities are asked for. No other full-size tensor exists.
+a full size ``(H, W)``. Each map is resized (bilinear, ``align_corners=True``), mirrored back if it was mirrored, and
+softmaxed over ``K``. Probabilities are summed in the order given; of equal sums the lower class wins. One launch, no
+full-size tensor but the labels, no gradient. Maps whose classes are innermost are read in place, others are copied to
+channels_last first.
 """
 
 import itertools

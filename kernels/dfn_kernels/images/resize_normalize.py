@@ -1,12 +1,9 @@
 """Image input: ``out = (resize(image) / 255 - mean) / std``, uint8 ``[B, H, W, 3]`` -> float ``[B, 3, h, w]``.
 
 The resize is bilinear with half-pixel centres, clamped at the edges and without antialiasing: ``cv2.resize`` with
-``INTER_LINEAR`` on float input (every other resize of this package has ``align_corners=True``). Output pixel ``j`` of
-``h`` lies at ``((2 j + 1) H - h) / (2 h)``, a quotient of integers, so index and weight are exact at any size; equal
-sizes leave each pixel as it is. ``flip`` appends the mirrored copies as a second half of the batch.
-
-``out`` is channels_last: each of its pixels is three consecutive numbers. One pass moves ``images.nbytes +
-out.nbytes``; the reads of neighbouring pixels meet in the cache.
+``INTER_LINEAR`` on float input. Output pixel ``j`` of ``h`` lies at ``((2 j + 1) H - h) / (2 h)``, a quotient of
+integers, so index and weight are exact at any size; equal sizes leave each pixel as it is. ``flip`` appends the mirrored
+copies as a second half of the batch. ``out`` is channels_last. One pass.
 """
 
 import itertools
