@@ -30,6 +30,14 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
+    classifiers=[
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Image Recognition",
+    ],
     packages=[*find_packages(include=["dfn_fast", "dfn_fast.*"]), *find_packages("kernels")],
     package_dir={"dfn_kernels": "kernels/dfn_kernels"},
     install_requires=[
