@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     return COMMANDS[chosen.command](chosen.arguments)
 
 
-def check_command(arguments: list[str]) -> int:
+def _check_command(arguments: list[str]) -> int:
     parser = cli.Parser(
         prog=f"{PROG} check",
         description="Reads every image and label of a data set. Exit code: 0 when all is well, 1 when\n"
@@ -70,7 +70,7 @@ def check_command(arguments: list[str]) -> int:
         allow_outside_root=chosen.allow_outside_root,
         workers=chosen.workers,
     )
-    print(render(report))
+    print(_render(report))
     if chosen.json:
         try:
             write_json(chosen.json, report.as_json())
@@ -79,13 +79,13 @@ def check_command(arguments: list[str]) -> int:
     return 1 if report.all_problems() else 0
 
 
-def list_command(arguments: list[str]) -> int:
+def _list_command(arguments: list[str]) -> int:
     cli.Parser(prog=f"{PROG} list", description="Shows the data sets and their folders.").parse_args(arguments)
     print(layouts())
     return 0
 
 
-def convert_sbd_command(arguments: list[str]) -> int:
+def _convert_sbd_command(arguments: list[str]) -> int:
     parser = cli.Parser(
         prog=f"{PROG} convert-sbd",
         description="Makes VOC's SegmentationClassAug and train_aug.txt from SBD's .mat files (needs SciPy).\n"
@@ -107,9 +107,9 @@ def convert_sbd_command(arguments: list[str]) -> int:
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "check": check_command,
-    "list": list_command,
-    "convert-sbd": convert_sbd_command,
+    "check": _check_command,
+    "list": _list_command,
+    "convert-sbd": _convert_sbd_command,
 }
 
 
@@ -122,7 +122,7 @@ def layouts() -> str:
     return "\n\n".join(blocks)
 
 
-def render(report: Report) -> str:
+def _render(report: Report) -> str:
     """The report as text: a table of the splits, one of the classes, then problems, warnings and notes."""
     lines = [f"{report.dataset}" + (f" in {report.root}" if report.root else ""), ""]
     header = ["split", "images", "most common size", "smallest", "median", "largest", f"ignored ({IGNORE})"]

@@ -33,7 +33,7 @@ def border_targets(label: np.ndarray, width: int = 7, ignore_index: int = 255) -
     void = label == ignore_index
     if void.all():
         return np.full_like(label, 255)
-    edges = class_edges(fill_with_nearest(label, void) if void.any() else label)
+    edges = _class_edges(fill_with_nearest(label, void) if void.any() else label)
     if width > 1:
         edges = cv2.dilate(edges, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (width, width)))
     edges[void] = 255
@@ -59,7 +59,7 @@ def fill_with_nearest(label: np.ndarray, void: np.ndarray) -> np.ndarray:
     return label
 
 
-def class_edges(label: np.ndarray) -> np.ndarray:
+def _class_edges(label: np.ndarray) -> np.ndarray:
     """``[H, W]`` uint8, 1 on the edges of any class."""
     edges = np.zeros_like(label)
     for class_id in np.flatnonzero(np.bincount(label.ravel())):
@@ -68,11 +68,11 @@ def class_edges(label: np.ndarray) -> np.ndarray:
         box = around(cv2.boundingRect(mask), 2)
         edges[box] |= cv2.Canny(mask[box], 1, 1, apertureSize=3, L2gradient=True) & 1
     # Canny is blind where structures of a pixel or two cancel in its Sobel filter, as on a checkerboard.
-    missed = touches_another(label) & (cv2.dilate(edges, np.ones((3, 3), np.uint8)) == 0)
+    missed = _touches_another(label) & (cv2.dilate(edges, np.ones((3, 3), np.uint8)) == 0)
     return edges | missed
 
 
-def touches_another(label: np.ndarray) -> np.ndarray:
+def _touches_another(label: np.ndarray) -> np.ndarray:
     """``[H, W]`` uint8, 1 where the pixel above, below, left or right is of another class."""
     touches = np.zeros_like(label)
     down, right = label[1:] != label[:-1], label[:, 1:] != label[:, :-1]

@@ -140,12 +140,12 @@ def check(
             reports.append(SplitReport(split, problems=problems))
             continue
         class_names = dataset.classes
-        reports.append(check_split(dataset, split, workers, entry.counts.get(split)))
-    problems, notes = overlaps(reports)
+        reports.append(_check_split(dataset, split, workers, entry.counts.get(split)))
+    problems, notes = _overlaps(reports)
     return Report(name, None if root is None else str(root), class_names, reports, problems, notes)
 
 
-def check_split(dataset: SegmentationDataset, split: str, workers: int, published: int | None) -> SplitReport:
+def _check_split(dataset: SegmentationDataset, split: str, workers: int, published: int | None) -> SplitReport:
     """Reads every sample of ``dataset``; ``published`` is the number of images that others have in this split."""
     report = SplitReport(split, dataset.names())
     modes: Counter[str] = Counter()
@@ -168,7 +168,7 @@ def check_split(dataset: SegmentationDataset, split: str, workers: int, publishe
     return report
 
 
-def observe(dataset: SegmentationDataset, index: int) -> Observation:
+def _observation(dataset: SegmentationDataset, index: int) -> Observation:
     """Reads one sample, and goes on after an error: an image and its label may both be wrong."""
     pair = dataset.pairs[index] if dataset.pairs else None
     mode, digest = _image_file(pair.image) if pair else ("", None)
@@ -188,7 +188,7 @@ def observe(dataset: SegmentationDataset, index: int) -> Observation:
     return Observation((width, height), _histogram(sample.label), mode, digest, [])
 
 
-def overlaps(reports: list[SplitReport]) -> tuple[list[str], list[str]]:
+def _overlaps(reports: list[SplitReport]) -> tuple[list[str], list[str]]:
     """Problems and notes on what the splits share, two by two, by content and by name."""
     problems: list[str] = []
     notes: list[str] = []
@@ -214,7 +214,7 @@ def _must_differ(a: str, b: str) -> bool:
 
 def _observe(dataset: SegmentationDataset, workers: int) -> Iterator[Observation]:
     with ThreadPool(workers) as pool:  # decoding and hashing let other threads run
-        yield from pool.imap(lambda index: observe(dataset, index), range(len(dataset)))
+        yield from pool.imap(lambda index: _observation(dataset, index), range(len(dataset)))
 
 
 def _image_file(path: Path) -> tuple[str, bytes | None]:

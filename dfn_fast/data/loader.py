@@ -120,7 +120,7 @@ class TrainLoader:
         its memory.
         """
         # The first time it forks, which is better done without a thread of ours.
-        with self._time_limit() if self._started else signals_held_back():
+        with self._time_limit() if self._started else _signals_held_back():
             batches = iter(self._loader)
         self._started = True
         while True:
@@ -154,7 +154,7 @@ class TrainLoader:
         try:
             yield
         except (RuntimeError, OSError, EOFError) as error:
-            with ignored_child_signals():
+            with _ignored_child_signals():
                 text = self._hung or self._death(error)
                 if text is None:
                     raise
@@ -280,10 +280,10 @@ def start_worker(worker: int, progress: Tensor) -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     if hasattr(signal, "sigwaitinfo"):  # Linux
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=obey_parent, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=_obey_parent, args=(os.getppid(),), daemon=True).start()
 
 
-def obey_parent(parent: int) -> None:
+def _obey_parent(parent: int) -> None:
     """Waits for SIGTERM and exits where it comes from ``parent``."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
@@ -291,7 +291,7 @@ def obey_parent(parent: int) -> None:
 
 
 @contextlib.contextmanager
-def signals_held_back() -> Iterator[None]:
+def _signals_held_back() -> Iterator[None]:
     """SIGINT and SIGTERM wait meanwhile, in the processes that are started too: until those can leave them alone."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
@@ -304,7 +304,7 @@ def signals_held_back() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def ignored_child_signals() -> Iterator[None]:
+def _ignored_child_signals() -> Iterator[None]:
     """PyTorch's handler would raise for a worker that we end ourselves; once it is waited for, it does not."""
     if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
         yield

@@ -49,7 +49,7 @@ class TrainTransform:
         flip = self.flip and rng.random() < 0.5
         if scale != 1:
             image, label = rescale(image, label, scale)
-        image, label = crop_or_pad(image, label, self.crop, place)
+        image, label = _crop_or_pad(image, label, self.crop, place)
         if flip:
             image, label = np.ascontiguousarray(image[:, ::-1]), np.ascontiguousarray(label[:, ::-1])
         return image, label, border_targets(label, self.border_width)
@@ -64,7 +64,7 @@ def rescale(image: np.ndarray, label: np.ndarray, scale: float) -> tuple[np.ndar
     return image, cv2.resize(label, size, interpolation=cv2.INTER_NEAREST_EXACT)
 
 
-def crop_or_pad(
+def _crop_or_pad(
     image: np.ndarray, label: np.ndarray, crop: tuple[int, int], place: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """New arrays of the crop's size. ``place``, in [0, 1) for y and x, chooses among all positions alike, be it the

@@ -77,7 +77,7 @@ def report(arguments: argparse.Namespace, world: World) -> None:
     predictor = predictor_from(arguments, loaded.model)
     if arguments.border and not loaded.model.has_border:
         raise ConfigError(f"--border: {arguments.checkpoint} has no Border Network; leave the option out")
-    dataset = dataset_from(arguments, loaded)
+    dataset = _dataset_from(arguments, loaded)
     result = evaluate(
         predictor,
         dataset,
@@ -97,7 +97,7 @@ def report(arguments: argparse.Namespace, world: World) -> None:
             raise ConfigError(f"--json {arguments.json} cannot be written ({error.strerror})") from error
 
 
-def dataset_from(arguments: argparse.Namespace, loaded: LoadedModel) -> SegmentationDataset:
+def _dataset_from(arguments: argparse.Namespace, loaded: LoadedModel) -> SegmentationDataset:
     """The data set that the options name, of the checkpoint's classes."""
     name = arguments.data or loaded.dataset
     if name not in DATASETS:

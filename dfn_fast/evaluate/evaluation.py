@@ -62,7 +62,7 @@ def evaluate(
         stopped = True
     if world.any(stopped):  # the others wait for this process's counts
         raise Stopped
-    add_up(world, confusion, contours, borders)
+    _add_up(world, confusion, contours, borders)
     return Report(
         dataset=dataset.name,
         split=dataset.split,
@@ -87,7 +87,7 @@ def images_of(world: World, images: int) -> range:
     return range(world.rank, images, world.size)
 
 
-def add_up(world: World, confusion: ConfusionMatrix, contours: BoundaryFScore, borders: BorderScore) -> None:
+def _add_up(world: World, confusion: ConfusionMatrix, contours: BoundaryFScore, borders: BorderScore) -> None:
     """Puts what all processes have counted into each one's metrics, by one sum over them."""
     if world.size == 1:
         return

@@ -119,7 +119,7 @@ class BoundaryFScore:
         for class_id in range(self.num_classes):
             true, predicted = (label == class_id) & ~void, (prediction == class_id) & ~void
             if true.any() or predicted.any():
-                scores.append(contour_f_score(true, predicted, void, distance))
+                scores.append(_contour_f_score(true, predicted, void, distance))
         self.total += sum(scores) / len(scores)
         self.images += 1
 
@@ -136,7 +136,7 @@ class BoundaryFScore:
         return self.total / self.images if self.images else math.nan
 
 
-def contour_f_score(true: np.ndarray, predicted: np.ndarray, void: np.ndarray, distance: float) -> float:
+def _contour_f_score(true: np.ndarray, predicted: np.ndarray, void: np.ndarray, distance: float) -> float:
     """F-score of one class's contour in one image, by :class:`BoundaryFScore`'s definition.
 
     ``true``, ``predicted`` and ``void`` are ``[H, W]`` bool, the first two False where void; ``distance`` in pixels.
@@ -149,8 +149,8 @@ def contour_f_score(true: np.ndarray, predicted: np.ndarray, void: np.ndarray, d
     x, y, width, height = cv2.boundingRect((true_contour | predicted_contour).view(np.uint8))
     box = slice(y, y + height), slice(x, x + width)
     true_contour, predicted_contour = true_contour[box], predicted_contour[box]
-    precision = np.mean(distance_to(true_contour)[predicted_contour] <= distance)
-    recall = np.mean(distance_to(predicted_contour)[true_contour] <= distance)
+    precision = np.mean(_distance_to(true_contour)[predicted_contour] <= distance)
+    recall = np.mean(_distance_to(predicted_contour)[true_contour] <= distance)
     return float(2 * precision * recall / (precision + recall)) if precision + recall else 0.0
 
 
@@ -165,7 +165,7 @@ def contour(inside: np.ndarray, void: np.ndarray) -> np.ndarray:
     return inside & beside
 
 
-def distance_to(pixels: np.ndarray) -> np.ndarray:
+def _distance_to(pixels: np.ndarray) -> np.ndarray:
     """``[H, W]`` float32: the Euclidean distance in pixels to the nearest of ``pixels`` (bool, one at least set)."""
     return cv2.distanceTransform((~pixels).view(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
 

@@ -44,7 +44,7 @@ class Report:
         width = max(len(name) for name in (*self.classes, *summary))
 
         def line(name: str, value: float, share: str = "") -> str:
-            return f"{name:<{width}}  {fraction(value):>6}  {share:>7}  {self.conditions}"
+            return f"{name:<{width}}  {_fraction(value):>6}  {share:>7}  {self.conditions}"
 
         lines = [self.conditions, "", f"{'class':<{width}}  {'IoU':>6}  {'pixels':>7}"]
         for name, iou, share in zip(self.classes, self.per_class_iou, self.pixel_share, strict=True):
@@ -92,5 +92,5 @@ class Report:
         )
 
 
-def fraction(value: float) -> str:
+def _fraction(value: float) -> str:
     return "absent" if math.isnan(value) else f"{value:.4f}"

@@ -71,12 +71,12 @@ def parser() -> cli.Parser:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
-    file_format = format_of(arguments)
-    check_arguments(arguments, file_format)
+    file_format = _format_of(arguments)
+    _check_arguments(arguments, file_format)
     require_tools(file_format)
     device = choose_device("cpu" if file_format == "onnx" else arguments.device)
     loaded = load_model(arguments.checkpoint, device)
-    check_network(loaded, arguments, file_format)
+    _check_network(loaded, arguments, file_format)
     network = inference_network(loaded.model)
     if arguments.labels:
         network = Labels(network, device).eval()
@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
     return compare(arguments.output, file_format, loaded.model, shapes, arguments.labels)
 
 
-def format_of(arguments: argparse.Namespace) -> str:
+def _format_of(arguments: argparse.Namespace) -> str:
     """The format that ``--format`` or OUTPUT's suffix names."""
     suffix = arguments.output.suffix.lower()
     name = arguments.format or next((name for name in SUFFIXES if SUFFIXES[name] == suffix), None)
@@ -104,7 +104,7 @@ def format_of(arguments: argparse.Namespace) -> str:
     return name
 
 
-def check_arguments(arguments: argparse.Namespace, file_format: str) -> None:
+def _check_arguments(arguments: argparse.Namespace, file_format: str) -> None:
     smallest = MIN_DYNAMIC if arguments.dynamic else MIN_SIZE
     if min(arguments.size) < smallest:
         height, width = arguments.size
@@ -119,7 +119,7 @@ def check_arguments(arguments: argparse.Namespace, file_format: str) -> None:
             raise ConfigError(f"--opset {arguments.opset}: expected {OPSET} to {LAST_OPSET}")
 
 
-def check_network(loaded: LoadedModel, arguments: argparse.Namespace, file_format: str) -> None:
+def _check_network(loaded: LoadedModel, arguments: argparse.Namespace, file_format: str) -> None:
     if arguments.labels and len(loaded.classes) > 256:
         raise ConfigError(f"--labels: {len(loaded.classes)} classes do not fit into uint8; leave the option out")
     size = sum(tensor.nbytes for tensor in loaded.model.state_dict().values())

@@ -101,9 +101,9 @@ def write(
     try:
         with replacing(path) as file, torch.no_grad(), quiet():
             if file_format == "onnx":
-                write_onnx(program, file, notes, opset, dynamic)
+                _write_onnx(program, file, notes, opset, dynamic)
             elif file_format == "aoti":
-                write_aoti(program, file, notes)
+                _write_aoti(program, file, notes)
             else:
                 torch.export.save(program, file, extra_files={EXTRA_FILE: json.dumps(notes)})
     except OSError as error:
@@ -112,7 +112,7 @@ def write(
         ) from error
 
 
-def write_aoti(program: torch.export.ExportedProgram, file: IO[bytes], notes: dict[str, str]) -> None:
+def _write_aoti(program: torch.export.ExportedProgram, file: IO[bytes], notes: dict[str, str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         package = str(Path(folder, "model.pt2"))
         settings = {"aot_inductor.metadata": notes}
@@ -121,7 +121,7 @@ def write_aoti(program: torch.export.ExportedProgram, file: IO[bytes], notes: di
             shutil.copyfileobj(compiled, file)
 
 
-def write_onnx(
+def _write_onnx(
     program: torch.export.ExportedProgram, file: IO[bytes], notes: dict[str, str], opset: int, dynamic: bool
 ) -> None:
     (image,) = program.example_inputs[0]  # type: ignore[index]

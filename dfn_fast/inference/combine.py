@@ -30,7 +30,7 @@ def small_maps(engine: Engine, settings: Settings, images: Tensor) -> tuple[list
     """
     maps, flipped = [], []
     for scale in settings.scales:
-        x = scaled_input(engine, images, scale, settings.flip)
+        x = _scaled_input(engine, images, scale, settings.flip)
         inside = None
         if min(x.shape[2:]) < MIN_SIZE:
             x, inside = pad_centred(x, (MIN_SIZE, MIN_SIZE))
@@ -52,9 +52,9 @@ def bands(engine: Engine, settings: Settings, image: Tensor) -> Iterator[Tensor]
     torchseg = settings.rule == "torchseg"
     if torchseg:
         sources: list[WholeScores | WindowScores | Cropped]
-        sources = [torchseg_source(engine, settings, image, scale) for scale in settings.scales]
+        sources = [_torchseg_source(engine, settings, image, scale) for scale in settings.scales]
     else:
-        inputs = (scaled_input(engine, image, scale) for scale in settings.scales)
+        inputs = (_scaled_input(engine, image, scale) for scale in settings.scales)
         sources = [source(engine, settings, x, engine.scores, settings.flip) for x in inputs]
     rows = max(BAND_BYTES // (4 * engine.network.num_classes * size[1] * (2 if settings.flip else 1)), 1)
     for begin in range(0, size[0], rows):
@@ -97,7 +97,7 @@ def source(
     return tiles if inside is None else Cropped(tiles, inside)
 
 
-def torchseg_source(engine: Engine, settings: Settings, image: Tensor, scale: float) -> Cropped:
+def _torchseg_source(engine: Engine, settings: Settings, image: Tensor, scale: float) -> Cropped:
     """The authors' rule at one scale; the image by factor, not by size: another grid where a side was rounded."""
     assert settings.window is not None
     scaled = image[0].cpu().numpy()
@@ -114,13 +114,13 @@ def torchseg_source(engine: Engine, settings: Settings, image: Tensor, scale: fl
     return Cropped(tiles, inside)
 
 
-def scaled_size(size: Sequence[int], scale: float) -> tuple[int, int]:
+def _scaled_size(size: Sequence[int], scale: float) -> tuple[int, int]:
     """(height, width) times ``scale``, rounded; a side is not made smaller than 32."""
     height, width = (max(round(scale * side), min(MIN_SIZE, side)) for side in size)
     return height, width
 
 
-def scaled_input(engine: Engine, images: Tensor, scale: float, flip: bool = False) -> Tensor:
+def _scaled_input(engine: Engine, images: Tensor, scale: float, flip: bool = False) -> Tensor:
     """The scaled images, normalised, ``[B, 3, h, w]``, with ``flip`` their mirror images as a second half."""
-    size = scaled_size(images.shape[1:3], scale)
+    size = _scaled_size(images.shape[1:3], scale)
     return resize_normalize(images, size, IMAGENET_MEAN, IMAGENET_STD, flip=flip, dtype=engine.network.dtype)

@@ -82,7 +82,7 @@ class Engine:
         try:
             return self._compiled(x) if self.compile else network.scores(x)
         except RuntimeError as error:
-            if len(x) == 1 or not out_of_memory(error) or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+            if len(x) == 1 or not _out_of_memory(error) or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
                 raise
         return torch.cat([self.scores(half) for half in x.chunk(2)])
 
@@ -109,7 +109,7 @@ class Engine:
         return min(max(int(0.7 * free / each), 1), MOST_AT_ONCE)
 
 
-def out_of_memory(error: RuntimeError) -> bool:
+def _out_of_memory(error: RuntimeError) -> bool:
     """Whether the device, or the host, had too little memory."""
     return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
 
@@ -120,7 +120,7 @@ def memory_advice(size: Sequence[int]) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not out_of_memory(error):
+        if not _out_of_memory(error):
             raise
         raise UserError(
             f"an image of {size[1]}x{size[0]} does not fit into memory; use --window 512, smaller "

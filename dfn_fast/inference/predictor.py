@@ -118,14 +118,14 @@ class Predictor:
         the network's scores are not finite, or memory does not suffice.
         """
         if isinstance(image, Tensor):
-            check_image(image[0] if image.ndim == 4 and len(image) else image)
+            _check_image(image[0] if image.ndim == 4 and len(image) else image)
             batch = image if image.ndim == 4 else image[None]
             with memory_advice(batch.shape[1:3]):
                 labels, _ = self._labels(batch.to(self.device))
             return labels if image.ndim == 4 else labels[0]
         images = image if isinstance(image, list) else [image]
         for x in images:
-            check_image(x)
+            _check_image(x)
         found: dict[int, np.ndarray] = {}
         for size in dict.fromkeys(x.shape for x in images):
             places = [i for i, x in enumerate(images) if x.shape == size]
@@ -151,7 +151,7 @@ class Predictor:
 
         Raises :class:`UserError` if the network's scores are not finite, or memory does not suffice.
         """
-        check_image(image)
+        _check_image(image)
         with memory_advice(image.shape[:2]):
             x = self._upload([image])
             self._decide_precision(x)
@@ -171,7 +171,7 @@ class Predictor:
         """``[H, W, 3]`` RGB uint8 -> ``[H, W]`` float32: probability of a border, at scale 1 and without mirroring."""
         if not getattr(self.model, "has_border", getattr(self.model, "return_border", False)):
             raise ConfigError("this network was built without a Border Network; leave out --border")
-        check_image(image)
+        _check_image(image)
         size = image.shape[0], image.shape[1]
         with memory_advice(size):
             x = self._upload([image])
@@ -272,7 +272,7 @@ class Predictor:
                     engine.use("off")
 
 
-def check_image(image: np.ndarray | Tensor) -> None:
+def _check_image(image: np.ndarray | Tensor) -> None:
     """Raises ValueError for anything but ``[H, W, 3]`` of uint8, not empty."""
     if image.ndim != 3 or image.shape[2] != 3 or str(image.dtype).removeprefix("torch.") != "uint8":
         raise ValueError(f"expected an RGB image [H, W, 3] of uint8, got {image.dtype} {list(image.shape)}")

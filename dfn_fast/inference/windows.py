@@ -26,7 +26,7 @@ def window_starts(length: int, window: int, overlap: float) -> list[int]:
     return [min(i * stride, length - window) for i in range(count)]
 
 
-def side_weight(length: int, kind: str, like: Tensor) -> Tensor:
+def _side_weight(length: int, kind: str, like: Tensor) -> Tensor:
     """The weight of each pixel along one side of a window, ``[length]``: 1, or a Gaussian around the middle."""
     if kind == "count":
         return like.new_ones(length)
@@ -124,7 +124,7 @@ class WindowScores:
         self.size = (image.shape[2], image.shape[3])
         self.tops, self.lefts = (window_starts(n, side, overlap) for n, side in zip(self.size, window, strict=True))
         self.like = at_least_float32(image.new_empty(0))
-        self.row_weight, self.column_weight = (side_weight(side, weight, self.like) for side in window)
+        self.row_weight, self.column_weight = (_side_weight(side, weight, self.like) for side in window)
         self.row_total, self.column_total = (
             _total(n, starts, w)
             for n, starts, w in zip(

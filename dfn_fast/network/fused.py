@@ -79,7 +79,7 @@ class Convolution(nn.Module):
         return self.__dict__ | {"packed": Packed()}  # made anew where it is needed; oneDNN's tensors cannot be copied
 
 
-def fold(conv: nn.Conv2d | Tensor, norm: nn.Module, channels: int = 0, **settings: Any) -> Convolution:
+def _fold(conv: nn.Conv2d | Tensor, norm: nn.Module, channels: int = 0, **settings: Any) -> Convolution:
     """Convolution and batch norm (running statistics) as one, folded in float64; other norm layers stay.
 
     ``conv`` is a convolution without bias or its weight; the outputs are padded with zeros up to ``channels``.
@@ -104,8 +104,8 @@ class FusedBlock(nn.Module):
     def __init__(self, block: BasicBlock | Bottleneck):
         super().__init__()
         names = ("1", "2", "3") if isinstance(block, Bottleneck) else ("1", "2")
-        self.convs = nn.ModuleList(fold(getattr(block, f"conv{n}"), getattr(block, f"bn{n}")) for n in names)
-        self.downsample = None if block.downsample is None else fold(*block.downsample, relu=False)  # type: ignore[misc]
+        self.convs = nn.ModuleList(_fold(getattr(block, f"conv{n}"), getattr(block, f"bn{n}")) for n in names)
+        self.downsample = None if block.downsample is None else _fold(*block.downsample, relu=False)  # type: ignore[misc]
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
@@ -128,7 +128,7 @@ class FusedRRB(nn.Module):
         conv = pad(block.cbr.conv.weight.detach().double(), block.cbr.conv.weight.shape[0], width)
         self.composed = inputs < width
         self.shortcut = Convolution(before, relu=False)
-        self.conv = fold(compose(conv, before) if self.composed else conv, block.cbr.bn, width)
+        self.conv = _fold(compose(conv, before) if self.composed else conv, block.cbr.bn, width)
         refine = pad(block.conv_refine.weight.detach().double(), width, width)
         if last is None:
             self.refine, self.last = Convolution(refine, relu=block.last_relu), None
@@ -215,13 +215,13 @@ class FusedDFN(nn.Module):
         stem = model.backbone.conv1
         layers = list(stem) if isinstance(stem, nn.Sequential) else [stem]
         layers = [layer for layer in [*layers, model.backbone.bn1] if not isinstance(layer, nn.ReLU)]
-        self.stem = nn.Sequential(*(fold(c, n) for c, n in zip(layers[::2], layers[1::2], strict=True)))  # type: ignore[arg-type]
+        self.stem = nn.Sequential(*(_fold(c, n) for c, n in zip(layers[::2], layers[1::2], strict=True)))  # type: ignore[arg-type]
         stages = (model.backbone.layer1, model.backbone.layer2, model.backbone.layer3, model.backbone.layer4)
         self.layers = nn.ModuleList(nn.Sequential(*(FusedBlock(b) for b in stage)) for stage in stages)  # type: ignore[arg-type]
         self.global_context: Convolution | None = None
         if model.global_context is not None:
             context: Any = model.global_context[1]  # type: ignore[index]
-            self.global_context = fold(context.conv, context.bn)
+            self.global_context = _fold(context.conv, context.bn)
         self.smooth_pre_rrbs = nn.ModuleList(
             FusedRRB(block, inputs, C)  # type: ignore[arg-type]
             for block, inputs in zip(model.smooth_pre_rrbs, low_to_high[::-1], strict=True)

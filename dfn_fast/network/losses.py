@@ -17,7 +17,7 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def mean_over(loss: Tensor, valid: Tensor) -> Tensor:
+def _mean_over(loss: Tensor, valid: Tensor) -> Tensor:
     """Mean of ``loss`` where ``valid``; 0 where nothing is."""
     return loss.sum() / valid.sum().clamp(min=1)
 
@@ -46,7 +46,7 @@ def focal_loss(
     alpha_t = (1 - alpha) + (2 * alpha - 1) * border.to(signed.dtype)
     # exp(gamma * log) and not a power: that of a gamma below 1 has an infinite gradient where 1 - p_t is 0.
     loss = -alpha_t * torch.exp(gamma * F.logsigmoid(-signed)) * F.logsigmoid(signed)
-    return mean_over(loss * valid, valid)
+    return _mean_over(loss * valid, valid)
 
 
 def torchseg_focal_loss(

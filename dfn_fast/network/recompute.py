@@ -46,24 +46,24 @@ def recomputed(mode: str, fn: Callable[..., Any], *args: Any, **settings: Any) -
     """
     if mode == "off" or not torch.is_grad_enabled():
         return fn(*args, **settings)
-    context: Callable[[], Contexts] = convolutions_kept if mode == "norm" else noop_context_fn
+    context: Callable[[], Contexts] = _convolutions_kept if mode == "norm" else noop_context_fn
     if not torch.compiler.is_compiling():
-        context = partial(statistics_kept, context, [m for arg in args for m in modules_in(arg)])
+        context = partial(_statistics_kept, context, [m for arg in args for m in _modules_in(arg)])
     elif mode == "blocks":  # a compiled graph has one update of the statistics anyway, and takes no other contexts
         return checkpoint(partial(fn, **settings), *args, use_reentrant=False, preserve_rng_state=False)
     return checkpoint(partial(fn, **settings), *args, use_reentrant=False, preserve_rng_state=False, context_fn=context)
 
 
-def modules_in(argument: Any) -> Iterator[nn.Module]:
+def _modules_in(argument: Any) -> Iterator[nn.Module]:
     """Every module in an argument of a block's function: a module, or several."""
     if isinstance(argument, nn.Module):
         yield from argument.modules()
     elif isinstance(argument, list | tuple | nn.Sequential):
         for item in argument:
-            yield from modules_in(item)
+            yield from _modules_in(item)
 
 
-def convolutions_kept() -> Contexts:
+def _convolutions_kept() -> Contexts:
     return create_selective_checkpoint_contexts(policy)
 
 
@@ -73,14 +73,14 @@ def policy(context: Any, operator: Any, *args: Any, **settings: Any) -> Checkpoi
     return CheckpointPolicy.MUST_SAVE if costly else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def statistics_kept(context: Callable[[], Contexts], modules: Sequence[nn.Module]) -> Contexts:
+def _statistics_kept(context: Callable[[], Contexts], modules: Sequence[nn.Module]) -> Contexts:
     """The contexts of the forward pass and of its repetition, the latter on copies of all buffers."""
     forward, again = context()
-    return forward, on_copies(modules, again)
+    return forward, _on_copies(modules, again)
 
 
 @contextlib.contextmanager
-def on_copies(modules: Sequence[nn.Module], inner: contextlib.AbstractContextManager) -> Iterator[None]:
+def _on_copies(modules: Sequence[nn.Module], inner: contextlib.AbstractContextManager) -> Iterator[None]:
     """The buffers of ``modules`` are copies inside: norm layers may update them, and no update stays."""
     own = [(module, dict(module._buffers)) for module in modules if module._buffers]
     try:

@@ -80,7 +80,7 @@ def pays(pixels: int, saved: int, products: int) -> bool:
     return pixels * saved > products
 
 
-def pixels_of(x: Tensor) -> int:
+def _pixels_of(x: Tensor) -> int:
     return x.shape[0] * x.shape[2] * x.shape[3]
 
 
@@ -110,7 +110,7 @@ def refine(block: RefinementResidualBlock, x: Tensor, width: int, savings: Savin
     before, conv = pad(block.conv_1x1.weight, width, x.shape[1]), pad(block.cbr.conv.weight, width, width)
     inputs = x.shape[1]
     shortcut = F.conv2d(x, before)
-    if savings.composed_rrb and pays(pixels_of(x), 9 * width * (width - inputs), 9 * width * width * inputs):
+    if savings.composed_rrb and pays(_pixels_of(x), 9 * width * (width - inputs), 9 * width * width * inputs):
         t = savings.conv3x3(x, compose(conv, before))
     else:
         t = savings.conv3x3(shortcut, conv)
@@ -137,7 +137,7 @@ def head_scores(head: Head, x: Tensor, savings: Savings) -> Tensor:
     bias = None if bias is None else pad(bias, last.shape[0])
     conv = pad(block.conv_refine.weight, width, width)
     outputs = last.shape[0]
-    if savings.composed_head and pays(pixels_of(x), 9 * width * (width - outputs), 9 * outputs * width * width):
+    if savings.composed_head and pays(_pixels_of(x), 9 * width * (width - outputs), 9 * outputs * width * width):
         x = savings.conv3x3(t, compose_last(last, conv)) + F.conv2d(shortcut, last, bias)
     else:
         x = F.conv2d(savings.conv3x3(t, conv) + shortcut, last, bias)

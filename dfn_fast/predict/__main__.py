@@ -77,7 +77,7 @@ def parser() -> cli.Parser:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
-    check_options(arguments)
+    _check_options(arguments)
     jobs = jobs_for(arguments)
     if arguments.skip_existing:
         left = [job for job in jobs if not all(path.exists() for path in job.outputs)]
@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
     return Prediction(predictor, loaded.palette, arguments).run_all(jobs)
 
 
-def check_options(arguments: argparse.Namespace) -> None:
+def _check_options(arguments: argparse.Namespace) -> None:
     """Raises :class:`ConfigError` for values that no run can have."""
     if not 0 <= arguments.alpha <= 1:
         raise ConfigError(f"--alpha {arguments.alpha:g}: expected 0..1")

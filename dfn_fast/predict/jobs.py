@@ -70,11 +70,11 @@ def jobs_for(arguments: argparse.Namespace) -> list[Job]:
     Raises :class:`ConfigError` for an INPUT that is not there, and where two results would have one name or a result
     would replace an INPUT or the recording of a camera.
     """
-    found = find_sources(arguments.inputs, arguments.output_dir)
+    found = _find_sources(arguments.inputs, arguments.output_dir)
     jobs: list[Job] = [
-        (video_job if is_video(source) else image_job)(source, name, arguments) for source, name in found
+        (_video_job if is_video(source) else _image_job)(source, name, arguments) for source, name in found
     ]
-    check_outputs(jobs, arguments.output_dir / "legend.png" if arguments.format == "plain" else None)
+    _check_outputs(jobs, arguments.output_dir / "legend.png" if arguments.format == "plain" else None)
     if not arguments.skip_existing:
         for job in jobs:
             if is_live(job.source) and any(path.exists() for path in job.outputs):
@@ -92,7 +92,7 @@ def described(jobs: Sequence[Job]) -> str:
     return f"{len(jobs)} {' and '.join(kind + plural for kind in sorted(kinds or {'image'}))}"
 
 
-def find_sources(inputs: Iterable[str], output_dir: Path) -> list[tuple[str, str]]:
+def _find_sources(inputs: Iterable[str], output_dir: Path) -> list[tuple[str, str]]:
     """The images and videos of the INPUTs, each with the name, perhaps with folders, that its results take.
 
     A folder gives its images, not its videos. Files below ``output_dir`` are results of an earlier run, and left out.
@@ -150,7 +150,7 @@ def listed_sources(path: Path) -> list[tuple[str, str]]:
     return sources
 
 
-def image_job(image: str, name: str, arguments: argparse.Namespace) -> ImageJob:
+def _image_job(image: str, name: str, arguments: argparse.Namespace) -> ImageJob:
     folder = arguments.output_dir
     if arguments.format == "voc":
         return ImageJob(image, folder / VOC_FOLDER / f"{Path(name).name}.png")
@@ -170,7 +170,7 @@ def image_job(image: str, name: str, arguments: argparse.Namespace) -> ImageJob:
     )
 
 
-def video_job(source: str, name: str, arguments: argparse.Namespace) -> VideoJob:
+def _video_job(source: str, name: str, arguments: argparse.Namespace) -> VideoJob:
     if arguments.format != "plain":
         raise ConfigError(f"{source}: the server takes no videos; leave out --format {arguments.format}")
     if arguments.no_overlay and not arguments.frames:
@@ -182,7 +182,7 @@ def video_job(source: str, name: str, arguments: argparse.Namespace) -> VideoJob
     )
 
 
-def check_outputs(jobs: Sequence[Job], legend_file: Path | None) -> None:
+def _check_outputs(jobs: Sequence[Job], legend_file: Path | None) -> None:
     """Raises :class:`ConfigError` where two results would have one name, or a result would replace an INPUT."""
     remedy = "rename one, or give the folder above them as INPUT: its subfolders are kept"
     owners = {} if legend_file is None else {legend_file.resolve(): "the legend"}

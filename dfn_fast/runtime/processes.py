@@ -119,7 +119,7 @@ def processes() -> Iterator[World]:
         return
     world = World(*(int(os.environ[name]) for name in names))
     agent = agent_store()
-    store = None if agent is None else dist.PrefixStore(start_name(agent, world), agent)
+    store = None if agent is None else dist.PrefixStore(_start_name(agent, world), agent)
     cuda = torch.cuda.is_available() and dist.is_nccl_available()
     if cuda and world.local_rank < torch.cuda.device_count():
         torch.cuda.set_device(world.local_rank)
@@ -141,7 +141,7 @@ def agent_store() -> "dist.TCPStore | None":
     return dist.TCPStore(host, port, is_master=False, wait_for_workers=False)
 
 
-def start_name(store: "dist.Store", world: World) -> str:
+def _start_name(store: "dist.Store", world: World) -> str:
     """A name for this start of all processes, by the first of them: the store still holds the addresses of those that
     died. The number of restarts would not do, which the agents of several machines count each for itself."""
     if not world.is_first:

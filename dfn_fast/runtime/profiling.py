@@ -91,22 +91,22 @@ class StepProfiler:
 def report(events: Iterable[Any], steps: int, seconds: float, device: str, regions: bool) -> str:
     """The tables of ``steps`` steps that took ``seconds``, as text."""
     events = list(events)
-    times = own_times(events, device == "cuda")
+    times = _own_times(events, device == "cuda")
     what = "device time" if device == "cuda" else "CPU time"
     lines = [f"profile of {steps} steps, {1e3 * seconds / steps:.1f} ms each (profiling slows them); {what} per step:"]
-    unlinked = unlinked_kernels(events)
+    unlinked = _unlinked_kernels(events)
     if regions:
-        shares = by_region(events, times)
+        shares = _by_region(events, times)
         if unlinked:
             shares["kernels that no operation launched"] = [sum(unlinked.values()), 0.0]
         lines += table("region", shares, steps, seconds)
     else:
         lines += ["regions vanish inside a compiled or captured step; --no-compile without --cuda-graph shows them"]
-    lines += table("kind", by_kind(events, times, unlinked), steps, seconds)
+    lines += table("kind", _by_kind(events, times, unlinked), steps, seconds)
     return "\n".join(lines)
 
 
-def own_times(events: list[Any], on_device: bool) -> dict[int, float]:
+def _own_times(events: list[Any], on_device: bool) -> dict[int, float]:
     """Microseconds of each operation alone, without those inside it, by ``id``."""
     hosts = (e for e in events if e.device_type == DeviceType.CPU)
     return {id(e): e.self_device_time_total if on_device else e.self_cpu_time_total for e in hosts}
@@ -122,20 +122,20 @@ def around(event: Any) -> Iterator[Any]:
 Times = dict[str, list[float]]  # name -> microseconds of forward and of backward
 
 
-def by_region(events: list[Any], times: dict[int, float]) -> Times:
+def _by_region(events: list[Any], times: dict[int, float]) -> Times:
     """Time by region, in the order in which they first appear."""
     made_in: dict[int, tuple[float, str | None]] = {}  # sequence number -> when and where its operation ran last
     for event in events:
-        if id(event) in times and event.sequence_nr >= 0 and not is_backward(event):
+        if id(event) in times and event.sequence_nr >= 0 and not _is_backward(event):
             start = event.time_range.start
             # Operations that leave nothing to differentiate carry the number of the next one that does.
-            if start >= made_in.get(event.sequence_nr, (-1.0, None))[0] and not any(map(is_backward, around(event))):
-                made_in[event.sequence_nr] = start, region_of(event)
+            if start >= made_in.get(event.sequence_nr, (-1.0, None))[0] and not any(map(_is_backward, around(event))):
+                made_in[event.sequence_nr] = start, _region_of(event)
     result: Times = defaultdict(lambda: [0.0, 0.0])
     for event in sorted((e for e in events if id(e) in times), key=lambda e: e.time_range.start):
-        node = next(filter(is_backward, around(event)), None)
+        node = next(filter(_is_backward, around(event)), None)
         if node is None:
-            name = region_of(event)
+            name = _region_of(event)
             result[name or "outside any region"][name == "backward"] += times[id(event)]
         else:
             name = made_in.get(node.sequence_nr, (0.0, None))[1]
@@ -143,22 +143,22 @@ def by_region(events: list[Any], times: dict[int, float]) -> Times:
     return result
 
 
-def is_backward(event: Any) -> bool:
+def _is_backward(event: Any) -> bool:
     return event.name.startswith(BACKWARD)
 
 
-def region_of(event: Any) -> str | None:
+def _region_of(event: Any) -> str | None:
     """The innermost region around an operation."""
     return next((e.name.removeprefix(PREFIX) for e in around(event) if e.name.startswith(PREFIX)), None)
 
 
-def by_kind(events: list[Any], times: dict[int, float], unlinked: dict[str, float]) -> Times:
+def _by_kind(events: list[Any], times: dict[int, float], unlinked: dict[str, float]) -> Times:
     """Time by kind of operation, the longest first; that of ``unlinked`` kernels stands with the forward pass."""
     result: Times = defaultdict(lambda: [0.0, 0.0])
     for event in events:
         if id(event) in times:
             chain = list(around(event))
-            backward = any(map(is_backward, chain)) or any("Backward" in e.name for e in chain)
+            backward = any(map(_is_backward, chain)) or any("Backward" in e.name for e in chain)
             result[kind_of([e.name for e in chain])][backward] += times[id(event)]
     for name, spent in unlinked.items():
         result[kind_of([name])][0] += spent
@@ -171,7 +171,7 @@ def kind_of(names: list[str]) -> str:
         if name.startswith("Optimizer.step") or "multi_tensor_apply" in name:
             return "optimizer"
         if "dfn_kernels" in name:
-            return "operator " + operator_of(name)
+            return "operator " + _operator_of(name)
         if name == PREFIX + "input":
             return "input"
     for name in names:
@@ -185,7 +185,7 @@ def kind_of(names: list[str]) -> str:
     return "other operations" if names[0].startswith("aten::") else "host code and the rest"
 
 
-def operator_of(name: str) -> str:
+def _operator_of(name: str) -> str:
     """``dfn_kernels::upsample_add``, from its own name or from that of its derivative."""
     own = name[name.index("dfn_kernels") + len("dfn_kernels") :].strip(":_")
     own = own.split("_default")[0]
@@ -194,7 +194,7 @@ def operator_of(name: str) -> str:
     return f"dfn_kernels::{own}"
 
 
-def unlinked_kernels(events: list[Any]) -> dict[str, float]:
+def _unlinked_kernels(events: list[Any]) -> dict[str, float]:
     """Device time by kernel that no operation of the host is known to have launched, as in a graph's replay."""
     left: dict[str, float] = defaultdict(float)
     for event in events:

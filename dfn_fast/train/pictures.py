@@ -27,7 +27,7 @@ def prediction_sheet(rows: Sequence[Row], classes: Sequence[str], palette: np.nd
 
     titles = ("image", "truth", "prediction", "border")
     shown = [i for i in range(4) if any(row[i] is not None for row in rows)]
-    names, colours = seen_classes(rows, classes, palette)
+    names, colours = _seen_classes(rows, classes, palette)
 
     # In inches, from the bottom: legend, rows, titles. Every gap is the same.
     cell, gap, above = 2.6, 0.06, 0.28
@@ -43,7 +43,7 @@ def prediction_sheet(rows: Sequence[Row], classes: Sequence[str], palette: np.nd
             left = gap + x * (cell + gap)
             axes = figure.add_axes((left / width, (top - row_height) / height, cell / width, row_height / height))
             axes.set_axis_off()
-            draw_cell(axes, row[i], titles[i], palette)
+            _draw_cell(axes, row[i], titles[i], palette)
             if row is rows[0]:
                 axes.set_title(titles[i], fontsize=10, pad=4)
         top -= row_height + gap
@@ -51,7 +51,7 @@ def prediction_sheet(rows: Sequence[Row], classes: Sequence[str], palette: np.nd
     write_image(path, pixels(figure))
 
 
-def seen_classes(rows: Sequence[Row], classes: Sequence[str], palette: np.ndarray) -> tuple[list[str], np.ndarray]:
+def _seen_classes(rows: Sequence[Row], classes: Sequence[str], palette: np.ndarray) -> tuple[list[str], np.ndarray]:
     """Names and colours of the classes in the rows' truths and predictions, and of "ignored" where a truth has it."""
     seen = {int(value) for row in rows for labels in row[1:3] if labels is not None for value in np.unique(labels)}
     ids = sorted(seen - {IGNORE})
@@ -61,7 +61,7 @@ def seen_classes(rows: Sequence[Row], classes: Sequence[str], palette: np.ndarra
     return names, colours
 
 
-def draw_cell(axes: "Axes", values: np.ndarray | None, title: str, palette: np.ndarray) -> None:
+def _draw_cell(axes: "Axes", values: np.ndarray | None, title: str, palette: np.ndarray) -> None:
     if values is None:
         return
     if title == "border":
@@ -85,13 +85,13 @@ def plot_curves(metrics: Sequence[dict[str, Any]], path: str | Path) -> None:
     iterations, losses = series(metrics, "iteration", "loss")
     loss_axes.plot(iterations, losses, color=BLUE, alpha=0.3, linewidth=0.8)
     loss_axes.plot(iterations, running_mean(losses), color=BLUE, linewidth=1.6)
-    decorate(loss_axes, "training loss", "iteration", losses)
+    _decorate(loss_axes, "training loss", "iteration", losses)
 
     iterations, rates = series(metrics, "iteration", "lr")
     lr_axes.plot(iterations, rates, color=GREY, linewidth=1.6)
     lr_axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 3), useMathText=True)
     lr_axes.yaxis.get_offset_text().set_fontsize(8)
-    decorate(lr_axes, "learning rate", "iteration", rates)
+    _decorate(lr_axes, "learning rate", "iteration", rates)
 
     epochs, ious = series(metrics, "epoch", "mean_iou")
     iou_axes.plot(epochs, ious, color=ORANGE, linewidth=1.6, marker="o", markersize=3)
@@ -100,7 +100,7 @@ def plot_curves(metrics: Sequence[dict[str, Any]], path: str | Path) -> None:
         best = int(np.argmax(ious))
         iou_axes.axhline(ious[best], color=ORANGE, linewidth=0.8, linestyle=":")
         title += f": best {ious[best]:.4f}, epoch {epochs[best]:g}"
-    decorate(iou_axes, title, "epoch", ious)
+    _decorate(iou_axes, title, "epoch", ious)
     iou_axes.set_ylim(0, 1)
     write_image(path, pixels(figure))
 
@@ -119,7 +119,7 @@ def running_mean(values: np.ndarray) -> np.ndarray:
     return np.array([values[max(i - half, 0) : i + half + 1].mean() for i in range(len(values))])
 
 
-def decorate(axes: "Axes", title: str, xlabel: str, values: np.ndarray) -> None:
+def _decorate(axes: "Axes", title: str, xlabel: str, values: np.ndarray) -> None:
     """Title, labels and grid; the y axis starts at 0, and an axis without values says so."""
     from matplotlib.ticker import MaxNLocator
 

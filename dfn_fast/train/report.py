@@ -21,7 +21,7 @@ from dfn_fast.trainer.trainer import Trainer
 SHEET_ROWS = 4
 
 
-def predictor_of(trainer: Trainer, network: ReferenceDFN) -> Predictor:
+def _predictor_of(trainer: Trainer, network: ReferenceDFN) -> Predictor:
     """``network``, at one scale, no flip, whole images, in the precision of the training."""
     amp = {torch.bfloat16: "bf16", torch.float16: "fp16", None: "off"}[trainer.amp]
     return Predictor(network, device=trainer.device, amp=amp)
@@ -29,7 +29,7 @@ def predictor_of(trainer: Trainer, network: ReferenceDFN) -> Predictor:
 
 def validate(trainer: Trainer, dataset: SegmentationDataset, stop: StopRequest) -> Report:
     """Metrics of the network as it stands. Raises ``Stopped`` between two images on request."""
-    predictor = predictor_of(trainer, trainer.network())
+    predictor = _predictor_of(trainer, trainer.network())
     return evaluate(predictor, dataset, boundary=False, on_image=stop.raise_if_requested, world=trainer.world)
 
 
@@ -37,7 +37,7 @@ def draw(trainer: Trainer, network: ReferenceDFN, dataset: SegmentationDataset, 
     """curves.png, and predictions.png for a few images spread over the split."""
     with naming(folder.path / "curves.png"):
         plot_curves(folder.metrics(), folder.path / "curves.png")
-    predictor = predictor_of(trainer, network)
+    predictor = _predictor_of(trainer, network)
     rows = []
     for index in np.unique(np.linspace(0, len(dataset) - 1, SHEET_ROWS).astype(int)):
         sample = dataset[int(index)]

@@ -67,12 +67,12 @@ class CocoDataset(SegmentationDataset):
     def __getitem__(self, index: int) -> Sample:
         pair = self.pairs[index]
         image = read_image(pair.image)
-        label = draw_label(json.loads(self._images[index]), pair.label)
+        label = _draw_label(json.loads(self._images[index]), pair.label)
         self.check_sample(image, label, pair)
         return Sample(image, label, pair.name)
 
 
-def draw_label(image: dict[str, Any], path: Path) -> np.ndarray:
+def _draw_label(image: dict[str, Any], path: Path) -> np.ndarray:
     """The label ``[H, W]`` of an image ``{"file": name, "size": (H, W), "instances": [...]}``.
 
     An instance is (class id, crowd, area, segmentation), the last as in COCO's file; ``path`` is that file, for errors.
@@ -111,7 +111,7 @@ def _decode(segmentation: list | dict, height: int, width: int) -> np.ndarray:
 
 
 def _read_instances(path: Path) -> list[dict[str, Any]]:
-    """The images of an annotation file that count, each in the form that :func:`draw_label` takes."""
+    """The images of an annotation file that count, each in the form that :func:`_draw_label` takes."""
     require_regular(path, DataError, "annotation file", MAX_BYTES)
     try:
         content = json.loads(path.read_bytes())

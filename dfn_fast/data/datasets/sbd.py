@@ -40,7 +40,7 @@ def convert_sbd(sbd_root: str | Path, voc_root: str | Path) -> Converted:
 
     Raises :class:`PairingError` with every label that cannot be made; the list is written only when all are there.
     """
-    sbd, voc = find_sbd(Path(sbd_root)), find_voc(Path(voc_root))
+    sbd, voc = _find_sbd(Path(sbd_root)), find_voc(Path(voc_root))
     target = voc / "SegmentationClassAug"
     list_file = segmentation_list(voc, "train_aug")
     ids = _augmented_ids(sbd, voc)
@@ -64,7 +64,7 @@ def convert_sbd(sbd_root: str | Path, voc_root: str | Path) -> Converted:
     return Converted(list_file, len(ids), written, sum(" " in line for line in lines))
 
 
-def find_sbd(root: Path) -> Path:
+def _find_sbd(root: Path) -> Path:
     """The folder of SBD with ``cls`` in it, at or below ``root``."""
     for home in (root, root / "dataset", root / "benchmark_RELEASE" / "dataset"):
         if (home / "cls").is_dir():
@@ -75,7 +75,7 @@ def find_sbd(root: Path) -> Path:
     )
 
 
-def read_mat(path: Path) -> np.ndarray:
+def _read_mat(path: Path) -> np.ndarray:
     """``GTcls.Segmentation`` of a ``.mat`` file of SBD: class ids, ``[H, W]`` uint8."""
     try:
         from scipy.io import loadmat
@@ -118,7 +118,7 @@ def _make_label(name: str, sbd: Path, voc: Path, target: Path) -> bool:
     if target.is_file():
         return False
     own = voc / "SegmentationClass" / f"{name}.png"
-    labels = read_label(own) if own.is_file() else read_mat(sbd / "cls" / f"{name}.mat")
+    labels = read_label(own) if own.is_file() else _read_mat(sbd / "cls" / f"{name}.mat")
     write_label(target, labels, VocDataset.palette)
     return True
 

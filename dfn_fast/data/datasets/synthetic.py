@@ -85,49 +85,49 @@ class SyntheticScenes(SegmentationDataset):
             raise IndexError(f"scene {index} of {self.length}")
         stream = (list(LENGTHS).index(self.split), index)
         rng = np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=stream))
-        return Sample(*make_scene(self.size, rng), self._name(index))
+        return Sample(*_make_scene(self.size, rng), self._name(index))
 
 
-def make_scene(size: tuple[int, int], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def _make_scene(size: tuple[int, int], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Image ``[H, W, 3]`` and label ``[H, W]``, both uint8."""
-    canvas = Canvas(*paint_land(size, rng), rng)
-    for place in choose_places(canvas.label, rng):
+    canvas = Canvas(*_paint_land(size, rng), rng)
+    for place in _choose_places(canvas.label, rng):
         PAINTERS[place.kind](canvas, place)
     if rng.random() < 0.3:
         canvas.blank()
-    return photograph(canvas.image, rng), canvas.label
+    return _photograph(canvas.image, rng), canvas.label
 
 
-def paint_land(size: tuple[int, int], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def _paint_land(size: tuple[int, int], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Sky, and below the horizon regions of water, meadow and crop: float32 image in 0..255, and label."""
     height, width = size
-    label = land_classes(size, rng)
+    label = _land_classes(size, rng)
     grain = rng.standard_normal(size, dtype=np.float32)
     # Both mirror images of one gradient, so that neither colour nor brightness tells water from sky.
     top, low = rng.permutation(SKIES[rng.integers(len(SKIES))]) + rng.uniform(-12, 12, 3).astype(np.float32)
     fall = np.linspace(0, 1, height, dtype=np.float32)[:, None, None]
-    blue = top + (low - top) * fall + 10 * smooth_noise(size, (4, 4), rng)[..., None]
-    ripples = smooth_noise(size, (height // 2, width // 12), rng)
+    blue = top + (low - top) * fall + 10 * _smooth_noise(size, (4, 4), rng)[..., None]
+    ripples = _smooth_noise(size, (height // 2, width // 12), rng)
     image = blue + np.where(label == WATER, 11 * ripples, 0)[..., None]
     green = GREENS[rng.integers(len(GREENS))] + rng.uniform(-12, 12, 3).astype(np.float32)
     angle, wave = rng.uniform(0, math.pi), 2 * math.pi / rng.uniform(5, 7)
     y, x = np.indices(size, dtype=np.float32)
     rows = np.sin(x * (wave * math.cos(angle)) + y * (wave * math.sin(angle)))
     tufts = cv2.GaussianBlur(grain, (3, 3), 0.8) * 2.2  # as strong as the rows
-    texture = np.where(label == CROP, 2.2 * rows, tufts) + smooth_noise(size, (5, 5), rng)
+    texture = np.where(label == CROP, 2.2 * rows, tufts) + _smooth_noise(size, (5, 5), rng)
     on_land = (label == MEADOW) | (label == CROP)
     np.copyto(image, green + 12 * texture[..., None], where=on_land[..., None])
     return image, label
 
 
-def land_classes(size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+def _land_classes(size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
     """The label without objects."""
     height, width = size
     y, x = np.indices(size, dtype=np.float32)
     horizon = height * rng.uniform(0.24, 0.48)
-    hills = horizon - height * np.float32(rng.uniform(0.03, 0.1)) * abs(smooth_noise((1, width), (1, 5), rng))
+    hills = horizon - height * np.float32(rng.uniform(0.03, 0.1)) * abs(_smooth_noise((1, width), (1, 5), rng))
     kinds = rng.permutation([WATER, MEADOW, CROP]).astype(np.uint8)
-    bend = 0.1 * width * smooth_noise(size, (5, 5), rng)
+    bend = 0.1 * width * _smooth_noise(size, (5, 5), rng)
     sites = rng.random((len(kinds), 2), dtype=np.float32) * np.array([width, height - horizon], np.float32)
     label, nearest = np.zeros(size, np.uint8), np.full(size, np.inf, np.float32)
     for kind, (site_x, site_y) in zip(kinds, sites.tolist(), strict=True):
@@ -138,7 +138,7 @@ def land_classes(size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
     return label
 
 
-def smooth_noise(size: tuple[int, int], cells: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+def _smooth_noise(size: tuple[int, int], cells: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
     """Standard normal values on a grid of ``cells``, resized to ``size``."""
     return cv2.resize(rng.standard_normal(cells, dtype=np.float32), size[::-1], interpolation=cv2.INTER_CUBIC)
 
@@ -152,7 +152,7 @@ class Place(NamedTuple):
     size: float  # in pixels; each kind has its share of it
 
 
-def choose_places(land: np.ndarray, rng: np.random.Generator) -> list[Place]:
+def _choose_places(land: np.ndarray, rng: np.random.Generator) -> list[Place]:
     """Objects on the land, the farthest first."""
     height, width = land.shape
     top = int(np.argmax((land != SKY).any(axis=1)))
@@ -219,7 +219,7 @@ class Canvas:
         self.image[part], self.label[part] = self.rng.uniform(0, 255, 3), IGNORE
 
 
-def paint_house(canvas: Canvas, place: Place) -> None:
+def _paint_house(canvas: Canvas, place: Place) -> None:
     """A front, a side, a roof and windows with the sky in them, under light that falls off across it."""
     rng, (kind, x, y, size) = canvas.rng, place
     width, tall = size * rng.uniform(0.3, 0.45), size * rng.uniform(0.2, 0.36)
@@ -244,7 +244,7 @@ def paint_house(canvas: Canvas, place: Place) -> None:
     canvas.finish(kind, np.where(across > rng.uniform(-0.3, 0.4), light, 0.7 * light))
 
 
-def paint_tree(canvas: Canvas, place: Place) -> None:
+def _paint_tree(canvas: Canvas, place: Place) -> None:
     """A trunk under a heap of leafy discs."""
     rng, (kind, x, y, size) = canvas.rng, place
     tall, leaf = size * rng.uniform(0.32, 0.45), canvas.colour(LEAVES)
@@ -253,11 +253,11 @@ def paint_tree(canvas: Canvas, place: Place) -> None:
         at = x + tall * rng.uniform(-0.28, 0.28), y - tall * rng.uniform(0.45, 0.9)
         canvas.disc(*at, tall * rng.uniform(0.18, 0.26), leaf * np.float32(rng.uniform(0.85, 1.15)))
     height, width = canvas.mask[canvas.region()].shape
-    leaves = smooth_noise((height, width), (height // 3 + 1, width // 3 + 1), rng)
+    leaves = _smooth_noise((height, width), (height // 3 + 1, width // 3 + 1), rng)
     canvas.finish(kind, np.clip(1 + 0.4 * leaves, 0.4, 1.7))
 
 
-def paint_craft(canvas: Canvas, place: Place) -> None:
+def _paint_craft(canvas: Canvas, place: Place) -> None:
     """A hull on two rolls with a cabin: what it is depends on where it stands."""
     rng, (kind, x, y, size) = canvas.rng, place
     half, tall = size * rng.uniform(0.17, 0.22), size * rng.uniform(0.13, 0.16)
@@ -274,18 +274,18 @@ def paint_craft(canvas: Canvas, place: Place) -> None:
     canvas.box(x - 0.9 * half, deck + 0.4 * tall, x + 0.9 * half, deck + 0.6 * tall, 0.6 * hull)
     for wheel in (-0.55, 0.45):
         canvas.disc(x + ahead * wheel * half, keel, roll, DARK)
-    stains = smooth_noise(canvas.mask[canvas.region()].shape, (3, 5), rng)
+    stains = _smooth_noise(canvas.mask[canvas.region()].shape, (3, 5), rng)
     canvas.finish(kind, np.clip(1 + 0.15 * stains, 0.6, 1.4))
 
 
-def photograph(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _photograph(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """The painting under a light of its own, softened and with a camera's noise: uint8."""
     size = image.shape[:2]
-    light = np.clip(rng.uniform(0.75, 1.1) + 0.12 * smooth_noise(size, (3, 3), rng), 0.5, 1.35)
+    light = np.clip(rng.uniform(0.75, 1.1) + 0.12 * _smooth_noise(size, (3, 3), rng), 0.5, 1.35)
     tint = rng.uniform(0.9, 1.1, 3).astype(np.float32)
     lit = cv2.GaussianBlur(image, (3, 3), 0.6) * (light[..., None] * tint)
     noise = rng.uniform(3, 8) * rng.standard_normal(image.shape, dtype=np.float32)
     return cv2.add(lit, noise, dtype=cv2.CV_8U)  # rounds, and stays within 0..255
 
 
-PAINTERS = {HOUSE: paint_house, TREE: paint_tree, BOAT: paint_craft, WAGON: paint_craft}
+PAINTERS = {HOUSE: _paint_house, TREE: _paint_tree, BOAT: _paint_craft, WAGON: _paint_craft}
