@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from dfn_fast import cli
-from dfn_fast.checkpoint.archive import save_atomic
 from dfn_fast.data.base import Pair, Sample, SegmentationDataset
 from dfn_fast.data.border import border_targets
 from dfn_fast.errors import ConfigError, DataError
@@ -17,10 +16,9 @@ from dfn_fast.evaluate.evaluation import evaluate
 from dfn_fast.evaluate.metrics import BorderScore, BoundaryFScore, ConfusionMatrix
 from dfn_fast.inference.predictor import Predictor
 from dfn_fast.media.images import write_image, write_label
-from dfn_fast.network.reference import ReferenceDFN
+from support.saved_networks import CLASSES, save_checkpoint, small_network
+from support.tiny_resnet import tiny_backbones
 
-CLASSES = ["ground", "thing", "other"]
-PALETTE = [[0, 0, 0], [200, 0, 0], [0, 0, 200]]
 SIZES = ((40, 48), (48, 36), (33, 64))
 
 
@@ -47,20 +45,22 @@ class Scenes(SegmentationDataset):
         return Sample(*scene(index), str(index))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def tiny():
+    """Loading a checkpoint builds a tiny backbone."""
+    with tiny_backbones():
+        yield
+
+
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    return ReferenceDFN(3, backbone="resnet18", stem="conv7", channels=8, border_channels=4).eval()
+    return small_network()
 
 
 @pytest.fixture(scope="module")
 def checkpoint(model, tmp_path_factory):
     """A training checkpoint of ``model``, trained on folder data."""
-    path = tmp_path_factory.mktemp("checkpoint") / "best.pth"
-    config = {"num_classes": 3, "backbone": "resnet18", "stem": "conv7", "channels": 8, "border_channels": 4}
-    names = {"classes": CLASSES, "palette": PALETTE, "dataset": "folder"}
-    save_atomic({"format": 1, "model": model.state_dict(), "model_config": config, **names}, path)
-    return path
+    return save_checkpoint(model, tmp_path_factory.mktemp("checkpoint") / "best.pth")
 
 
 @pytest.fixture
@@ -152,7 +152,7 @@ def test_class_that_is_nowhere_is_absent_and_null(model):
 
 
 def test_class_counts_that_differ_are_an_error():
-    model = ReferenceDFN(5, backbone="resnet18", channels=8, border=False)
+    model = small_network(5, border=False)
     with pytest.raises(ConfigError, match=r"5 classes.* 3"):
         evaluate(Predictor(model, amp="off"), Scenes())
 
@@ -218,8 +218,7 @@ def test_wrong_options_are_user_errors(checkpoint, root, options, message):
 
 
 def test_border_of_a_network_without_one_is_an_error_before_work(tmp_path, root):
-    model = ReferenceDFN(3, backbone="resnet18", channels=8, border=False)
-    torch.save(model.state_dict(), tmp_path / "bare.pth")
+    torch.save(small_network(3, border=False).state_dict(), tmp_path / "bare.pth")
     with pytest.raises(ConfigError, match="Border Network"):
         main([str(tmp_path / "bare.pth"), "--data", "folder", "--root", str(root), "--border", "--device", "cpu"])
 
@@ -245,9 +244,7 @@ def test_misspelt_option_names_the_nearest(checkpoint, capsys):
 
 
 def test_camvid_from_its_files(camvid_root, tmp_path, capsys):
-    torch.manual_seed(0)
-    model = ReferenceDFN(11, backbone="resnet18", stem="conv7", channels=8, border_channels=4)
-    torch.save(model.state_dict(), tmp_path / "bare.pth")
+    torch.save(small_network(11).state_dict(), tmp_path / "bare.pth")
     arguments = [str(tmp_path / "bare.pth"), "--data", "camvid", "--root", str(camvid_root), "--limit", "2"]
     assert main([*arguments, "--device", "cpu"]) == 0
     output = capsys.readouterr().out

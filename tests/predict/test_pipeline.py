@@ -79,7 +79,7 @@ def test_every_job_is_read_run_and_written_once_in_order(jobs, batch_size):
     assert stages.alive == 0
 
 
-def test_images_of_equal_size_share_a_batch_and_the_rest_keeps_its_order():
+def test_equal_sizes_share_a_batch_and_the_rest_keeps_its_order():
     shapes = {job: (4, 4) if job % 2 else (8, 4) for job in range(8)}
     stages = Stages(shapes | {8: (1, 1)})
     stages.pipeline(batch_size=4)(range(9))
@@ -223,7 +223,7 @@ def test_another_error_ends_the_run_and_what_has_run_is_written(stage, error):
     assert len(ran) <= 5 + pipeline.capacity
 
 
-def test_a_result_that_is_being_written_at_an_interruption_is_finished():
+def test_a_result_being_written_at_an_interruption_is_finished():
     stages = Stages()
     pipeline = stages.pipeline()
     begun, interrupted = threading.Event(), threading.Event()

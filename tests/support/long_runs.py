@@ -7,37 +7,22 @@ import os
 import sys
 import threading
 from pathlib import Path
-from unittest.mock import patch
 
 import cv2
 import numpy as np
 import torch
-from torch import nn
 
 from dfn_fast.config import TrainConfig
 from dfn_fast.inference.predictor import Predictor
-from dfn_fast.network.backbone import BasicBlock, ResNet, make_stage
 from dfn_fast.network.fast import FastDFN
 from dfn_fast.predict.pipeline import Pipeline
 from dfn_fast.runtime.signals import StopRequest
 from dfn_fast.train.folder import RunFolder
 from dfn_fast.train.run import Run
+from support.tiny_resnet import tiny_backbones
 
 ITERATIONS, IMAGES, BLOCK = 2000, 500, 10
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-class TinyResNet(ResNet):
-    """Eight channels and a block in each stage: with the least of ResNets a step would take ten times as long."""
-
-    def __init__(self, depth: str, stem: str, norm_layer=nn.BatchNorm2d):
-        nn.Module.__init__(self)
-        self.depth, self.stem, self.channels = depth, stem, (8,) * 4
-        self.conv1, self.bn1 = nn.Conv2d(3, 8, 7, 2, 3, bias=False), norm_layer(8)
-        self.relu, self.maxpool = nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)
-        self.layer1, self.layer2, self.layer3, self.layer4 = (
-            make_stage(BasicBlock, 8, 8, 1, stride, norm_layer) for stride in (1, 2, 2, 2)
-        )
 
 
 def usage() -> dict[str, int]:
@@ -93,7 +78,7 @@ def train(folder: Path) -> list[dict[str, int]]:
         deep_supervision=False,
     )
     # fmt: on
-    with patch("dfn_fast.network.reference.ResNet", TinyResNet):
+    with tiny_backbones():
         run = WatchedRun(config, RunFolder(folder / "run"), StopRequest())
     run.folder.path.mkdir()
     run.train()
@@ -103,7 +88,7 @@ def train(folder: Path) -> list[dict[str, int]]:
 
 def predict() -> list[dict[str, int]]:
     """Images of as many sizes, through readers, a predictor and writers, as ``dfn_fast.predict`` has them."""
-    with patch("dfn_fast.network.reference.ResNet", TinyResNet):
+    with tiny_backbones():
         model = FastDFN(3, backbone="resnet18", stem="conv7", channels=8, border_channels=4)
     model.eval()
     settings = ({}, {"scales": (0.75, 1.25), "flip": True}, {"window": 48})

@@ -1,0 +1,49 @@
+"""Checkpoints to predict with, and an empty current folder for each test."""
+
+import pytest
+import torch
+
+from support.saved_networks import save_checkpoint, small_network
+from support.tiny_resnet import tiny_backbones
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiny():
+    """Loading a checkpoint builds a tiny backbone."""
+    with tiny_backbones():
+        yield
+
+
+@pytest.fixture(scope="module")
+def model():
+    return small_network()
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty current folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def saved(model, tmp_path_factory):
+    """A training checkpoint of ``model``."""
+    return save_checkpoint(model, tmp_path_factory.mktemp("checkpoint") / "best.pth")
+
+
+@pytest.fixture
+def checkpoint(saved, here):
+    """That checkpoint as an argument, in an empty current folder."""
+    return str(saved)
+
+
+@pytest.fixture
+def bare(here):
+    """``bare(num_classes)`` writes bare weights, as an argument."""
+
+    def write(num_classes, border=True):
+        torch.save(small_network(num_classes, border).state_dict(), "bare.pth")
+        return "bare.pth"
+
+    return write
