@@ -5,6 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 EXPORT = ["onnx", "onnxscript", "onnxruntime"]
+NOTEBOOK = ["nbclient", "ipykernel"]
 TEST = [
     "pytest>=8",
     "pytest-benchmark",
@@ -16,6 +17,7 @@ TEST = [
     "mypy",
     "scipy",  # writes and reads the .mat files of SBD
     "pycocotools",
+    *NOTEBOOK,  # the notebook of examples/ is executed by a test
     *EXPORT,  # ONNX Runtime is the second opinion on exported networks
 ]
 
@@ -38,6 +40,8 @@ setup(
         "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Image Recognition",
     ],
+    entry_points={"console_scripts": ["dfn = dfn_fast.__main__:script"]},
+    package_data={"dfn_fast": ["py.typed"], "dfn_kernels": ["py.typed"]},
     packages=[*find_packages(include=["dfn_fast", "dfn_fast.*"]), *find_packages("kernels")],
     package_dir={"dfn_kernels": "kernels/dfn_kernels"},
     install_requires=[
@@ -56,5 +60,7 @@ setup(
         "coco": ["pycocotools"],
         "export": EXPORT,
         "tensorboard": ["tensorboard"],
+        "docs": ["mkdocs-material"],
+        "notebook": NOTEBOOK,
     },
 )

@@ -6,6 +6,7 @@ import io
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from dfn_fast.errors import UserError, nearest
@@ -35,6 +36,9 @@ class Parser(argparse.ArgumentParser):
             self.error(f"unknown option {options[0]}" + nearest(options[0].split("=")[0], known))
         return arguments
 
+    def _print_message(self, message, file=None):
+        super()._print_message(as_called(message), file)
+
     def _check_value(self, action, value):
         if action.choices is not None and value not in action.choices:
             choices = [str(choice) for choice in action.choices]
@@ -48,6 +52,16 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 
     def __init__(self, prog):
         super().__init__(prog, max_help_position=28, width=100)
+
+
+def as_called(text: str) -> str:
+    """``text`` with our commands named as the user calls them: ``dfn train`` if this process is the script ``dfn``."""
+    program = Path(sys.argv[0])
+    if program.stem == "dfn":
+        return text.replace("python -m dfn_fast.", "dfn ")
+    if program.match("dfn_fast/__main__.py"):
+        return text.replace("python -m dfn_fast.", "python -m dfn_fast ")
+    return text
 
 
 def dashed(name: str) -> str:
@@ -70,7 +84,7 @@ def run(main: Callable[[], int | None]) -> None:
     try:
         code = main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(as_called(f"error: {error}"), file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

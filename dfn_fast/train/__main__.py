@@ -8,14 +8,14 @@ from dfn_fast.config import TrainConfig
 from dfn_fast.runtime.processes import Agent, World, processes
 from dfn_fast.runtime.signals import Stopped, StopRequest
 from dfn_fast.train.folder import RunFolder, default_folder
-from dfn_fast.train.options import new_config, parser, resumed_config
+from dfn_fast.train.options import new_config, parse, resumed_config
 from dfn_fast.train.report import draw, summarise
 from dfn_fast.train.run import Run
 from dfn_fast.trainer.finite import NonFiniteLoss
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = parser().parse_args(argv)
+    arguments = parse(argv)
     with StopRequest() as stop, processes() as world:
         run = begin(arguments, stop, world)
         if arguments.profile and world.is_first:
@@ -25,7 +25,8 @@ def main(argv: list[str] | None = None) -> int:
             run.train()
         except Stopped:
             print(f"stopped at iteration {run.position.iteration} of {run.iterations}, saved in {folder.last}")
-            print(f"continue: python -m dfn_fast.train {run.config.recipe} --resume --output-dir {folder.path}")
+            again = f"python -m dfn_fast.train {run.config.recipe} --resume --output-dir {folder.path}"
+            print(f"continue: {cli.as_called(again)}")
             return stop.exit_code if stop.requested else 0
         except NonFiniteLoss as error:
             raise NonFiniteLoss(f"{error} (the last finite checkpoint is {folder.last})") from error

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import sys
 import typing
 from typing import Any
 
@@ -30,13 +31,25 @@ RESUMABLE = {"root", "workers", "device", "log_every", "val_every", "checkpoint_
 RESUMABLE |= {"memory", "cuda_graph", "fsdp", "allow_outside_root", "loader_timeout"}
 
 
-def parser() -> cli.Parser:
-    """The options: a group for each group of fields, in the order of the dataclass."""
-    defaults = TrainConfig()
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The options given. ``--help`` shows the defaults of the recipe, preset or ``--config`` that stands beside it."""
+    given = sys.argv[1:] if argv is None else argv
+    if not {"-h", "--help"}.isdisjoint(given):
+        rest = [word for word in given if word not in ("-h", "--help")]
+        chosen, _ = parser().parse_known_args(rest)
+        parser(_base(chosen)).print_help()
+        sys.exit(0)
+    return parser().parse_args(argv)
+
+
+def parser(defaults: TrainConfig | None = None) -> cli.Parser:
+    """The options: a group for each group of fields, in the order of the dataclass. Help shows ``defaults``."""
+    defaults = defaults or recipe("synthetic")
     result = cli.Parser(
         prog="python -m dfn_fast.train",
         usage="%(prog)s [RECIPE] [--root DATA] [--output-dir DIR] [--resume] [options]",
-        description="Train DFN. The defaults below are the paper's; a recipe changes some, an option overrides both.",
+        description=f"Train DFN. The defaults below are those of the recipe {defaults.recipe}; options override them.\n"
+        "`RECIPE --help` shows another recipe's.",
         epilog=EPILOG,
     )
     result.add_argument("recipe", nargs="?", metavar="RECIPE", help=f"{', '.join(RECIPES)} (default: synthetic)")
@@ -94,14 +107,16 @@ def overrides(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def new_config(arguments: argparse.Namespace) -> TrainConfig:
     """The configuration of a new run: a recipe or a file, then the options."""
+    return dataclasses.replace(_base(arguments), **overrides(arguments))
+
+
+def _base(arguments: argparse.Namespace) -> TrainConfig:
+    """The recipe or file that the options override."""
     if arguments.config:
         if arguments.recipe or arguments.preset:
             raise ConfigError("--config takes the place of RECIPE and --preset; give one or the other")
-        base = dataclasses.replace(load_config(arguments.config), output_dir=None)
-    else:
-        base = recipe(arguments.recipe or "synthetic", arguments.preset or "paper")
-    given = overrides(arguments)
-    return dataclasses.replace(base, **given)
+        return dataclasses.replace(load_config(arguments.config), output_dir=None)
+    return recipe(arguments.recipe or "synthetic", arguments.preset or "paper")
 
 
 def resumed_config(saved: TrainConfig, arguments: argparse.Namespace) -> TrainConfig:

@@ -23,6 +23,7 @@ ROWS = [
     {"config", "inference"},
     {"evaluate", "export", "predict", "trainer"},
     {"train"},
+    {"__main__"},
 ]
 ROW_OF = {room: number for number, rooms in enumerate(ROWS) for room in rooms}
 
