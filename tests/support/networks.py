@@ -1,8 +1,13 @@
 """Small networks in float64 with weights as after training, and batches for them: what the tests of both share."""
 
-import torch
-from torch import Tensor
+import contextlib
+from collections.abc import Iterator
+from unittest.mock import patch
 
+import torch
+from torch import Tensor, nn
+
+from dfn_fast.network.backbone import LAYERS, BasicBlock, NormLayer, ResNet, conv3x3, initialise, make_stage
 from dfn_fast.network.reference import ReferenceDFN
 
 SMALL = {"backbone": "resnet18", "channels": 16, "border_channels": 6}
@@ -23,6 +28,45 @@ VARIANTS = [
     *((switches, (40, 48)) for switches in ABLATIONS.values()),
 ]
 VARIANT_NAMES = ["deep", "odd", "conv7", "resnet50", *ABLATIONS]
+
+WIDTHS = (8, 16, 32, 64)
+
+
+class NarrowResNet(ResNet):
+    """A ResNet an eighth as wide as the published one: the same blocks, names and strides."""
+
+    def __init__(self, depth: str, stem: str, norm_layer: NormLayer):
+        nn.Module.__init__(self)
+        block, counts = LAYERS[depth]
+        self.depth, self.stem = depth, stem
+        self.channels = tuple(width * block.expansion for width in WIDTHS)
+        if stem == "deep":
+            first = [conv3x3(3, 8, stride=2), norm_layer(8), nn.ReLU(inplace=True)]
+            first += [conv3x3(8, 8), norm_layer(8), nn.ReLU(inplace=True), conv3x3(8, 16)]
+            self.conv1, inputs = nn.Sequential(*first), 16
+        else:
+            self.conv1, inputs = nn.Conv2d(3, 8, 7, 2, 3, bias=False), 8
+        self.bn1, self.relu, self.maxpool = norm_layer(inputs), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)
+        stages = []
+        for width, outputs, count, stride in zip(WIDTHS, self.channels, counts, (1, 2, 2, 2), strict=True):
+            stages.append(make_stage(block, inputs, width, count, stride, norm_layer))
+            inputs = outputs
+        self.layer1, self.layer2, self.layer3, self.layer4 = stages
+        initialise(self)
+
+
+def narrow_resnet(depth: str, stem: str, norm_layer: NormLayer) -> ResNet:
+    wide = depth in ("resnet101", "resnet152") or depth not in LAYERS
+    return (ResNet if wide else NarrowResNet)(depth, stem, norm_layer)
+
+
+@contextlib.contextmanager
+def narrow_backbones(resnet18: int = 2) -> Iterator[None]:
+    """Within it, networks are built on narrow backbones, but for ResNet-101 and 152. A stage of ResNet-18 has as many
+    blocks as ``resnet18`` says; compilers take as long as there are operators."""
+    blocks = {"resnet18": (BasicBlock, (resnet18,) * 4)}
+    with patch("dfn_fast.network.reference.ResNet", narrow_resnet), patch.dict(LAYERS, blocks):
+        yield
 
 
 def random_dfn(num_classes: int = 5, network: type[ReferenceDFN] = ReferenceDFN, **settings) -> ReferenceDFN:

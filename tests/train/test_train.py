@@ -1,7 +1,10 @@
+import contextlib
 import errno
+import io
 import json
 import multiprocessing
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -20,22 +23,31 @@ from dfn_fast.train.folder import RunFolder
 from dfn_fast.trainer.build import poly
 from dfn_fast.trainer.finite import NonFiniteLoss
 from dfn_fast.trainer.trainer import Trainer
+from support.networks import narrow_backbones
 from support.runs import differences, timeless_metrics, write_blobs
 
-TINY = "--data folder --backbone resnet18 --channels 8 --border-channels 4 --crop 64 --batch-size 3 --lr 0.001"
+TINY = "--data folder --backbone resnet18 --channels 8 --border-channels 4 --crop 48 --batch-size 3 --lr 0.001"
 TINY += " --border-width 3 --workers 0 --log-every 1 --device cpu --scales 0.75 1 --epochs 2"
 
 
-@pytest.fixture
-def photos(tmp_path):
+@pytest.fixture(scope="module", autouse=True)
+def narrow():
+    with narrow_backbones(resnet18=1):
+        yield
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
     """A folder of nine training and two validation images: bright blobs on dark ground."""
-    write_blobs(tmp_path / "photos", 9, 2, step=3)
-    return tmp_path / "photos"
+    folder = tmp_path_factory.mktemp("data") / "photos"
+    write_blobs(folder, 9, 2, step=3)
+    return folder
 
 
 @pytest.fixture
-def tiny(photos, tmp_path):
-    """Runs the command line on the tiny folder: tiny("run", "--lr", "1") trains into tmp_path/run."""
+def tiny(photos, tmp_path, monkeypatch):
+    """Runs the command line on the tiny folder, without pictures: tiny("run", "--lr", "1") trains into tmp_path/run."""
+    monkeypatch.setattr("dfn_fast.train.__main__.draw", lambda *_: None)
 
     def run(name, *words, code=0):
         folder = tmp_path / name
@@ -46,9 +58,18 @@ def tiny(photos, tmp_path):
     return run
 
 
-def test_a_run_leaves_all_that_it_promises(tiny, capsys):
-    run = tiny("run")
-    last_line = capsys.readouterr().out.splitlines()[-1]
+@pytest.fixture(scope="module")
+def undisturbed(photos, tmp_path_factory):
+    """A run from its start to its end, pictures included, and what it printed."""
+    folder, printed = tmp_path_factory.mktemp("runs") / "undisturbed", io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert main(["camvid", *TINY.split(), "--root", str(photos), "--output-dir", str(folder)]) == 0
+    return RunFolder(folder), printed.getvalue()
+
+
+def test_a_run_leaves_all_that_it_promises(undisturbed):
+    run, printed = undisturbed
+    last_line = printed.splitlines()[-1]
     assert str(run.path) in last_line
     assert "mIoU" in last_line
     summary = json.loads(run.summary_file.read_text())
@@ -72,8 +93,8 @@ def test_a_run_leaves_all_that_it_promises(tiny, capsys):
 
 
 @pytest.mark.parametrize("stop", [2, 3], ids=["within an epoch", "at its end"])
-def test_a_resumed_run_ends_with_the_same_bits(tiny, stop, capsys):
-    straight = tiny("straight")
+def test_a_resumed_run_ends_with_the_same_bits(undisturbed, tiny, stop, capsys):
+    straight, _ = undisturbed
     tiny("halves", "--stop-after", str(stop))
     assert "--resume --output-dir" in capsys.readouterr().out
     halves = tiny("halves", "--resume")
@@ -82,16 +103,18 @@ def test_a_resumed_run_ends_with_the_same_bits(tiny, stop, capsys):
 
 
 def test_another_seed_gives_another_run(tiny):
-    first, second = tiny("first", "--iterations", "1"), tiny("second", "--iterations", "1", "--seed", "1")
+    first, second = tiny("first", "--stop-after", "1"), tiny("second", "--stop-after", "1", "--seed", "1")
     assert differences(read_file(first.last)["model"], read_file(second.last)["model"])
 
 
 def test_workers_change_nothing(tiny):
-    alone, together = tiny("alone", "--iterations", "2"), tiny("together", "--iterations", "2", "--workers", "2")
+    alone, together = tiny("alone", "--stop-after", "2"), tiny("together", "--stop-after", "2", "--workers", "2")
     assert differences(read_file(alone.last)["model"], read_file(together.last)["model"]) == []
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 143)]
+)
 def test_a_signal_saves_and_leaves(photos, tmp_path, number, code):
     run = RunFolder(tmp_path / "run")
     command = [sys.executable, "-m", "dfn_fast.train", "camvid", *TINY.split(), "--root", str(photos)]
@@ -148,17 +171,17 @@ def test_a_full_disk_keeps_the_old_checkpoint(tiny, monkeypatch):
 
 
 def test_a_run_starts_from_the_weights_of_another(tiny):
-    first = tiny("first", "--iterations", "1")
-    second = tiny("second", "--weights", str(first.last), "--iterations", "1", "--lr", "0")
+    first = tiny("first", "--stop-after", "1")
+    second = tiny("second", "--weights", str(first.last), "--stop-after", "1", "--lr", "0")
     old, new = read_file(first.last)["model"], read_file(second.last)["model"]
     assert torch.equal(old["backbone.conv1.0.weight"], new["backbone.conv1.0.weight"])
 
 
 def test_weights_that_fit_in_part_are_an_error_or_named(tiny, capsys):
-    first = tiny("first", "--iterations", "1")
+    first = tiny("first", "--stop-after", "1")
     with pytest.raises(CheckpointError, match="wrong shape"):
         tiny("second", "--weights", str(first.last), "--border-channels", "5")
-    tiny("second", "--weights", str(first.last), "--border-channels", "5", "--no-strict", "--iterations", "1")
+    tiny("second", "--weights", str(first.last), "--border-channels", "5", "--no-strict", "--stop-after", "1")
     assert "loaded what fits; " in capsys.readouterr().err
 
 
@@ -182,14 +205,19 @@ def test_what_cannot_be_trained_is_said_before_anything_is_written(tiny, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
-def test_a_user_error_has_no_traceback(photos):
-    command = [sys.executable, "-m", "dfn_fast.train", "camvid", "--root", "nowhere"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=photos)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ")
-    assert "nowhere" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert "runs" not in os.listdir(photos)
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")  # runpy's, of what is imported above
+def test_a_user_error_has_no_traceback(tmp_path, monkeypatch, capsys):
+    """What ``python -m dfn_fast.train`` runs, in this process."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train", "camvid", "--root", "nowhere"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module("dfn_fast.train", run_name="__main__", alter_sys=True)
+    assert stopped.value.code == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: ")
+    assert "nowhere" in printed
+    assert "Traceback" not in printed
+    assert os.listdir(tmp_path) == []
 
 
 def test_accumulated_gradients_are_the_mean(tiny):

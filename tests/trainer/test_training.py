@@ -6,6 +6,13 @@ from dfn_fast.runtime.random_state import random_state, set_random_state
 from dfn_fast.train.loss_watch import LossWatch
 from dfn_fast.trainer.build import build_model, parameter_groups, poly
 from dfn_fast.trainer.finite import NonFiniteLoss
+from support.networks import narrow_backbones
+
+
+@pytest.fixture(scope="module", autouse=True)
+def narrow():
+    with narrow_backbones(resnet18=1):
+        yield
 
 
 def small(**changes):
