@@ -57,12 +57,16 @@ def waterfall(axis: Axes, rows: Rows, kind: str) -> None:
     colours = [ASIDE if name.startswith("(") else THEIRS if name in PLAIN else OURS for name in names]
     values = [row["speed_up"] for row in rows]
     bars = axis.barh(range(len(rows)), values, color=colours, height=0.72)
-    axis.bar_label(bars, [f"{value:.2f} x" for value in values], padding=3, fontsize=8)
+    axis.bar_label(bars, [_times(value) for value in values], padding=3, fontsize=8)
     axis.set_yticks(range(len(rows)), names)
     axis.invert_yaxis()
-    axis.set_xlim(0, 1.18 * max(values))
+    axis.set_xlim(0, (1.3 if min(values) < 0.995 else 1.18) * max(values))
     axis.set_xlabel(f"times as fast as {names[0]}")
     axis.set_title(f"{kind}, {rows[0]['group']}", fontsize=10)
+
+
+def _times(value: float) -> str:
+    return f"{value:.2f} x" + (", slower" if round(value, 2) < 1 else "")
 
 
 def learning(axes: Sequence[Axes], rows: Rows) -> None:

@@ -81,13 +81,48 @@ def merge(machine: dict[str, Any], date: str, suites: dict[str, list[dict[str, A
 
 
 def with_newer(rows: list[dict[str, Any]], newer: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of a suite after another run of it, perhaps in part: a group that ran again has its new rows alone, in
-    its former place."""
+    """The rows of a suite after another run of it, perhaps in part: a group that ran again has only its new rows, in
+    its former place. Start-up is one group; each ``what`` of it is replaced for itself."""
 
-    def by_group(of: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-        groups: dict[str, list[dict[str, Any]]] = {}
+    def by_group(of: list[dict[str, Any]]) -> dict[tuple[str, str | None], list[dict[str, Any]]]:
+        groups: dict[tuple[str, str | None], list[dict[str, Any]]] = {}
         for row in of:
-            groups.setdefault(row["group"], []).append(row)
+            groups.setdefault((row["group"], row.get("what")), []).append(row)
         return groups
 
     return [row for group in (by_group(rows) | by_group(newer)).values() for row in group]
+
+
+def machines(results: Path = RESULTS) -> list[Path]:
+    """The folders of result files, one for each machine: GPUs first, then the machine that was measured last."""
+
+    def rank(folder: Path) -> tuple[bool, str]:
+        return has_gpu(folder), max(path.stem for path in folder.glob("*.json"))
+
+    return sorted(sorted({path.parent for path in results.glob("*/*.json")}), key=rank, reverse=True)
+
+
+def has_gpu(folder: Path) -> bool:
+    """Whether the machine of a folder computed on a GPU."""
+    return "driver" in newest(folder)[0]
+
+
+def newest(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """A machine's facts, and each suite's ``rows``, of each group the newest, with the ``files`` that they are from."""
+    machine: dict[str, Any] = {}
+    suites: dict[str, dict[str, Any]] = {}
+    for path in sorted(folder.glob("*.json")):
+        content = json.loads(path.read_text())
+        machine |= content["machine"]
+        for name, rows in content["suites"].items():
+            fresh = [row | {"file": path.name} for row in rows]
+            suites[name] = {"rows": with_newer(suites[name]["rows"] if name in suites else [], fresh)}
+    for suite in suites.values():
+        suite["files"] = sorted({row["file"] for row in suite["rows"]})
+    return machine, suites
+
+
+def title_of(machine: dict[str, Any]) -> str:
+    """A machine in words. Some makers give every generation of a CPU one name, so its instructions stand beside it."""
+    of = "" if "driver" in machine or "instructions" not in machine else f" ({machine['instructions']})"
+    return f"{machine['device']}{of}, torch {machine['torch']}, {machine['threads']} threads"

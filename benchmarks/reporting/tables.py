@@ -31,9 +31,19 @@ def figure(row: Row | None, name: str, form: str) -> str:
     return form.format(row[name]) if row and row.get(name) is not None else "-"
 
 
+def speed_up(value: float | None) -> str:
+    """How many times faster ours is; it says so if ours is slower."""
+    if value is None:
+        return "-"
+    return f"**{value:.2f} x, slower**" if round(value, 2) < 1 else f"{value:.2f} x"
+
+
 def share(row: Row, other: Row | None, name: str) -> str:
-    """A figure as a share of another row's."""
-    return f"{row[name] / other[name]:.2f} x" if other and name in row and other.get(name) else "-"
+    """A figure, such as memory, as a share of another row's; it says so if ours is more."""
+    if not other or row.get(name) is None or not other.get(name):
+        return "-"
+    value = row[name] / other[name]
+    return f"**{value:.2f} x, more**" if round(value, 2) > 1 else f"{value:.2f} x"
 
 
 def milliseconds(row: Row) -> str:
@@ -59,7 +69,7 @@ def speed_table(title: str, rows: list[Row], shares: dict[str, tuple[str, str]])
     for group in found:
         ours = group["ours"]
         line = [ours["group"], milliseconds(ours), figure(ours, "images_per_s", "{:.2f}")]
-        line += [figure(ours, f"speed_up_over_{name}", "{:.2f} x") for name in OTHERS.values()]
+        line += [speed_up(ours.get(f"speed_up_over_{name}")) for name in OTHERS.values()]
         line += [figure(ours, "tflop_per_s", "{:.3g}"), figure(ours, "share_of_floor", "{:.0%}")]
         lines.append(line + [share(ours, group.get(other), name) for name, other in shares.values()])
     header = [title, "ms", "images/s", *OTHERS, "TFLOP/s", "of the floor", *shares]
@@ -83,7 +93,7 @@ def operator_table(rows: list[Row]) -> list[str]:
     ours = [found["ours"] for found in by_group(rows).values() if "ours" in found]
     lines = []
     for row in sorted(ours, key=lambda row: -row.get("ratio_to_compile", 0)):
-        ratios = [f"{1 / row[name]:.2f} x" if name in row else "-" for name in ("ratio_to_eager", "ratio_to_compile")]
+        ratios = [speed_up(1 / row[name] if name in row else None) for name in ("ratio_to_eager", "ratio_to_compile")]
         name = f"**slower than compiled:** {row['group']}" if row.get("ratio_to_compile", 0) > 1 else row["group"]
         shares = [figure(row, "gb_per_s", "{:.1f}"), figure(row, "share_of_copy", "{:.0%}")]
         lines.append([name, milliseconds(row), *ratios, *shares, figure(row, "tflop_per_s", "{:.2g}")])
@@ -97,7 +107,7 @@ def waterfall_table(rows: list[Row]) -> list[str]:
             row["implementation"],
             milliseconds(row),
             figure(row, "images_per_s", "{:.2f}"),
-            figure(row, "speed_up", "{:.2f} x"),
+            speed_up(row.get("speed_up")),
             f"{row['peak_memory_bytes'] / 1e6:.0f}",
             figure(row, "difference", "{:.0e}"),
         ]

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from benchmarks import record
+from benchmarks.reporting.results import with_newer
 from dfn_fast.errors import ConfigError
 
 
@@ -65,6 +66,12 @@ def test_a_group_replaces_its_rows_and_leaves_others(tmp_path):
     assert sorted(found["suites"]) == ["test_inference", "test_operators"]
     rows = [(row["group"], row["implementation"]) for row in found["suites"]["test_operators"]]
     assert rows == [("add 2x8", "ours"), ("attention 2x8", "eager"), ("attention 2x8", "ours")]
+
+
+def test_a_short_start_up_leaves_the_rows_of_a_full_one():
+    rows = [{"group": "start-up", "what": what, "seconds": 1.0} for what in ("import", "compile")]
+    merged = with_newer(rows, [rows[0] | {"seconds": 2.0}])
+    assert [(row["what"], row["seconds"]) for row in merged] == [("import", 2.0), ("compile", 1.0)]
 
 
 def test_generations_of_one_name_have_folders_of_their_own(tmp_path):

@@ -1,4 +1,4 @@
-"""The tables of the README are those of the result files."""
+"""RESULTS.md and the README's table are those of the result files."""
 
 import json
 
@@ -6,10 +6,11 @@ import pytest
 
 from benchmarks import report, scaling
 from benchmarks.reporting import plots
-from benchmarks.reporting.tables import convolution_table, waterfall_table
+from benchmarks.reporting.summary import NO_GPU, summary
+from benchmarks.reporting.tables import convolution_table, inference_table, waterfall_table
 
 
-def test_the_readme_shows_the_result_files():
+def test_both_pages_show_the_result_files():
     """Run ``python -m benchmarks.report`` where this fails."""
     assert report.main(["--check"]) == 0
 
@@ -67,11 +68,11 @@ def results(tmp_path):
 
 def test_each_group_is_its_newest_and_a_table_names_its_files(results):
     text = report.text(results)
-    assert "### Some CPU, torch 2.13, 2 threads" in text
+    assert "\n## Some CPU, torch 2.13, 2 threads\n" in text
     assert "| step | 50 (40-60) | 2.00 | - | 1.25 x | - | 0.123 | 42% | 0.60 x | - |" in text
     assert "| step | 100" not in text
     assert "| wide | 30 (20-40) |" in text
-    first, second = (f"`benchmarks/results/some-cpu/2026-01-0{day}.json`" for day in (1, 2))
+    first, second = (f"`results/some-cpu/2026-01-0{day}.json`" for day in (1, 2))
     assert f"`test_training_step`, from {first} and {second}\n" in text
     assert f"`test_operators`, from {first}\n" in text
     assert "| fused | 10 | 1.00 | 2.00 x | 1 | 1e-05 |" in text
@@ -79,7 +80,7 @@ def test_each_group_is_its_newest_and_a_table_names_its_files(results):
 
 def test_what_is_slower_than_compile_stands_first_and_is_marked(results):
     lines = [line for line in report.text(results).splitlines() if " fast |" in line or " slow |" in line]
-    assert lines[0].startswith("| **slower than compiled:** slow | 1 | 2.00 x | 0.50 x | 10.0 | 50% |")
+    assert lines[0].startswith("| **slower than compiled:** slow | 1 | 2.00 x | **0.50 x, slower** | 10.0 | 50% |")
     assert lines[1].startswith("| fast | 1 | 2.00 x | 2.00 x |")
 
 
@@ -114,14 +115,11 @@ def test_where_the_time_goes_is_folded(results):
 
 
 def test_a_gpu_stands_first_and_others_are_folded(results):
-    folder = results / "a-gpu"
-    folder.mkdir()
-    machine = {"device": "Some GPU", "torch": "2.11", "threads": 8, "driver": "1"}
-    machine |= {"copy_gb_per_s": 4300.0, "product_bfloat16_tflop_per_s": 788.0}
-    suites = {"test_startup": [row(what="import", seconds=1.5)]}
-    (folder / "2026-01-01.json").write_text(json.dumps({"date": "2026-01-01", "machine": machine, "suites": suites}))
+    facts = {"device": "Some GPU", "torch": "2.11", "threads": 8, "driver": "1"}
+    facts |= {"copy_gb_per_s": 4300.0, "product_bfloat16_tflop_per_s": 788.0}
+    machine(results, "a-gpu", facts=facts, test_startup=[row(what="import", seconds=1.5)])
     lines = report.text(results).splitlines()
-    assert lines[2] == "### Some GPU, torch 2.11, 8 threads"
+    assert next(line for line in lines if line.startswith("## ")) == "## Some GPU, torch 2.11, 8 threads"
     assert "Measured here: a copy moves 4.3e+03 GB/s, a matrix product 788 TFLOP/s bfloat16." in lines
     assert "| import | 1.50 |" in lines
     assert "<details><summary>Some CPU, torch 2.13, 2 threads</summary>" in lines
@@ -143,15 +141,100 @@ def test_exponents_are_slopes():
     assert scaling.exponent([1, 4, 16], [5.0, 10.0, 20.0]) == pytest.approx(0.5)
 
 
-def test_the_readme_is_written_between_its_markers(results, tmp_path, monkeypatch):
-    readme = tmp_path / "README.md"
+def test_the_readme_is_written_between_its_markers(results, tmp_path, monkeypatch, capsys):
+    readme, page = tmp_path / "README.md", tmp_path / "RESULTS.md"
     readme.write_text(f"before\n\n{report.BEGIN}\nold\n{report.END}\n\nafter\n")
     monkeypatch.setattr(report, "README", readme)
-    monkeypatch.setattr(report, "text", lambda: "new tables")
+    monkeypatch.setattr(report, "PAGE", page)
+    monkeypatch.setattr(report, "text", lambda: "all tables")
+    monkeypatch.setattr(report, "summary", lambda: ["short", "table"])
     monkeypatch.setattr(report, "machines", lambda: [results / "some-cpu"])
     assert report.main(["--check"]) == 1
+    assert [line.split()[0] for line in capsys.readouterr().err.splitlines()] == ["README.md", "RESULTS.md"]
     assert report.main([]) == 0
-    assert readme.read_text() == "before\n\nnew tables\n\nafter\n"
+    assert readme.read_text() == f"before\n\n{report.BEGIN}\n\nshort\ntable\n\n{report.END}\n\nafter\n"
+    assert page.read_text() == "all tables"
     assert (results / "some-cpu" / "waterfall.png").read_bytes().startswith(b"\x89PNG")
+    assert report.main(["--check"]) == 0
+    for path in (readme, page):  # each of the two is checked
+        text = path.read_text()
+        path.write_text(text.replace("table", "tab1e"))
+        assert report.main(["--check"]) == 1
+        assert capsys.readouterr().err.split()[0] == path.name
+        path.write_text(text)
+    readme.write_text("no markers")
     with pytest.raises(ValueError, match="no markers"):
         report.main([])
+
+
+def trial(group, ms, memory=60, **speed_ups):
+    """The rows of one trial: the plain network and ours."""
+    ours = row(group=group, median_ms=ms, peak_memory_bytes=memory)
+    ours |= {f"speed_up_over_{name}": value for name, value in speed_ups.items()}
+    return [{"group": group, "implementation": "float32", "peak_memory_bytes": 100}, ours]
+
+
+def machine(root, name, date="2026-01-01", facts=None, **suites):
+    """A folder of results with one file."""
+    (root / name).mkdir()
+    machine = {"device": name, "torch": "2.13", "threads": 2} | (facts or {})
+    (root / name / f"{date}.json").write_text(json.dumps({"date": date, "machine": machine, "suites": suites}))
+
+
+def test_the_summary_has_a_row_for_each_kind(tmp_path):
+    inference = [
+        *trial("R 1x8x8 float32", 10.0, float32=1.5, compile=1.25),
+        *trial("R 1x8x8 5 scales flip float32", 20.0, 141, float32=2.0),
+        *trial("R 1x8x8 window 4 float32", 30.0, float32=0.994, compile=0.5),
+    ]
+    machine(
+        tmp_path, "cpu", test_training_step=trial("R 2x8x8 float32", 40.0, 100, float32=1.0), test_inference=inference
+    )
+    header, _, *rows, _, words = summary(tmp_path)
+    assert header == "| what | ms | vs. plain PyTorch | vs. torch.compile | peak memory |"
+    assert rows == [
+        "| training step, R 2x8x8 float32 | 40 | 1.00 x | - | 1.00 x |",
+        "| inference, R 1x8x8 float32 | 10 | 1.50 x | 1.25 x | 0.60 x |",
+        "| inference, R 1x8x8 5 scales flip float32 | 20 | 2.00 x | - | **1.41 x, more** |",
+        "| inference, R 1x8x8 window 4 float32 | 30 | **0.99 x, slower** | **0.50 x, slower** | 0.60 x |",
+    ]
+    assert words.startswith(f"cpu, torch 2.13, 2 threads. {NO_GPU} ")
+
+
+def test_the_summary_takes_the_faster_precision(tmp_path):
+    steps = [*trial("R 2x8x8 float32", 10.0), *trial("R 2x8x8 bf16", 20.0), *trial("S 2x8x8 float32", 9.0)]
+    machine(tmp_path, "cpu", test_training_step=[*steps, *trial("S 2x8x8 bf16", 8.0)])
+    rows = [line.split(" | ")[0] for line in summary(tmp_path) if line.startswith("| training")]
+    assert rows == ["| training step, R 2x8x8 float32", "| training step, S 2x8x8 bf16"]
+
+
+def test_the_summary_has_at_most_eight_rows(tmp_path):
+    how = ["", "5 scales flip ", "window 4 "]
+    inference = [rows for i in range(5) for way in how for rows in trial(f"R {i}x8x8 {way}float32", 1.0)]
+    steps = [rows for i in range(5) for rows in trial(f"R {i}x8x8 float32", 1.0)]
+    machine(tmp_path, "cpu", test_training_step=steps, test_inference=inference)
+    assert len([line for line in summary(tmp_path) if " R " in line]) == 8
+
+
+def test_the_summary_takes_a_gpu_or_the_newest_machine(tmp_path):
+    def first(root):
+        return next(line for line in summary(root) if "threads" in line).split(",")[0]
+
+    machine(tmp_path, "b-older", "2026-01-01", test_training_step=trial("R 2x8x8 float32", 1.0))
+    machine(tmp_path, "a-newer", "2026-01-02", test_training_step=trial("R 2x8x8 float32", 1.0))
+    machine(tmp_path, "newest", "2026-01-03", test_startup=[row(what="import", seconds=1.0)])  # no speed to show
+    assert first(tmp_path) == "a-newer"
+    machine(tmp_path, "gpu", "2025-01-01", {"driver": "1"}, test_training_step=trial("R 2x8x8 float32", 1.0))
+    assert first(tmp_path) == "gpu"
+    assert NO_GPU not in "\n".join(summary(tmp_path))
+
+
+def test_no_results_are_said_to_be_none(tmp_path):
+    assert summary(tmp_path) == [NO_GPU]
+
+
+def test_a_slower_row_says_so_in_every_table():
+    rows = [row(implementation="plain", peak_memory_bytes=1, speed_up=1.0), row(peak_memory_bytes=1, speed_up=0.6)]
+    assert [line.split(" | ")[3] for line in waterfall_table(rows)[2:]] == ["1.00 x", "**0.60 x, slower**"]
+    line = inference_table(trial("R", 1.0, 128, float32=0.5, compile=1.1))[2]
+    assert line == "| R | 1 | - | **0.50 x, slower** | - | 1.10 x | - | - | **1.28 x, more** |"
