@@ -3,7 +3,7 @@
 Profiled are the training step and the inference of several scales and their mirror images that the other benchmarks
 measure, as they run by default: on a GPU the step compiled and the images from a CUDA graph, so that kernels are told
 apart by their names; on a CPU, where nothing is compiled, the parts of the network as well. The tables go to
-``benchmarks/results/MACHINE/breakdown_*.txt``, and from there into the README by ``python -m benchmarks.report``.
+``benchmarks/results/MACHINE/breakdown_*.txt``, and from there into ``RESULTS.md`` by ``python -m benchmarks.report``.
 """
 
 import time
@@ -23,7 +23,7 @@ from benchmarks.harness.training_trial import shapes as training_shapes
 from benchmarks.reporting.results import RESULTS, machine_facts, machine_name
 from dfn_fast import cli
 from dfn_fast.files import write_text
-from dfn_fast.runtime.device import choose_algorithms
+from dfn_fast.runtime.device import HALVES, choose_algorithms
 from dfn_fast.runtime.profiling import STEPS, WARM_UP, report
 from dfn_fast.runtime.regions import named_regions
 
@@ -49,14 +49,14 @@ def training() -> str:
     """The largest network that the benchmark of the step compiles."""
     shape = [shape for shape in training_shapes() if shape.compiles][-1]
     choose_algorithms(deterministic=False)  # as `dfn_fast.train` does
-    trial = TrainingTrial(shape, "bf16" if measure.HAS_BF16 else "off")
+    trial = TrainingTrial(shape, measure.default_amp())
     return breakdown(f"training step, {trial.name}", lambda: trial.run("ours"))
 
 
 def inference() -> str:
     torch.backends.cudnn.benchmark = False
     shape = next(shape for shape in inference_shapes() if len(shape.scales) > 1)
-    trial = InferenceTrial(shape, torch.bfloat16 if measure.HAS_BF16 else torch.float32)
+    trial = InferenceTrial(shape, HALVES.get(measure.default_amp(), torch.float32))
     return breakdown(f"inference, {trial.name}", trial.function("ours"))
 
 

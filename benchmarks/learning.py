@@ -5,7 +5,7 @@ Both start from the same seed, and so from the same weights and the same order o
 ``ReferenceDFN`` compiled (on a CPU ``eager``, which is faster there), ``ours`` is ``FastDFN`` as it is by default. Of
 each run stay the validation mIoU after every epoch with the seconds of training until then (those of compiling are in
 them), and of its last checkpoint mIoU at one scale, and at the paper's five with their mirror images. The rows go to
-``benchmarks/results/``, and from there into the README by ``python -m benchmarks.report``.
+``benchmarks/results/``, and from there into ``RESULTS.md`` by ``python -m benchmarks.report``.
 """
 
 import datetime

@@ -3,7 +3,8 @@
 Each row adds one to the row before it, from ``ReferenceDFN`` in eager float32; rows of torch.compile stand aside, for
 comparison. Measured are a training step, or inference from normalised images to log-probabilities: milliseconds
 (median, the rows in turns), peak memory, and the largest difference of the output, as a share of its range in the first
-row. The rows go to ``benchmarks/results/``, and from there into the README by ``python -m benchmarks.report``.
+row. The precision is the one that training takes on this machine by default. The rows go to ``benchmarks/results/``,
+and from there into ``RESULTS.md`` by ``python -m benchmarks.report``.
 """
 
 import dataclasses
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.harness import figures, machine, measure
-from benchmarks.harness.measure import DEVICE, HAS_BF16
+from benchmarks.harness.measure import DEVICE
 from benchmarks.reporting.results import RESULTS, machine_facts, merge, rounded
 from dfn_fast import FastDFN, ReferenceDFN, Savings, cli
 from dfn_fast.config import TrainConfig
@@ -226,11 +227,11 @@ def main(argv: list[str] | None = None) -> int:
     add("--backbone", metavar="NAME", help="of the network")
     add("--size", type=cli.size, metavar="SIZE", help="of the images, HxW")
     add("--batch", type=int, metavar="N", help="images at once")
-    add("--amp", choices=("off", *HALVES), metavar="NAME", help="off, bf16 or fp16 (default: bf16 where there is that)")
+    add("--amp", choices=("off", *HALVES), metavar="NAME", help="off, bf16 or fp16 (default: as in training)")
     add("--compile-mode", choices=measure.COMPILE_MODES, metavar="NAME", help="of the row of torch.compile, on a GPU")
     add("--rounds", type=int, default=7 if CPU else 20, metavar="N", help="how often each row is timed")
     arguments = parser.parse_args(argv)
-    amp = arguments.amp or ("bf16" if HAS_BF16 else "off")
+    amp = arguments.amp or measure.default_amp()
     given = {"backbone": arguments.backbone, "crop": arguments.size, "batch_size": arguments.batch, "amp": amp}
     if arguments.compile_mode and not CPU:
         measure.COMPILE_MODE = arguments.compile_mode

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dfn_fast.runtime.device import HALVES, choose_amp
 from dfn_kernels.common.cpu import onednn_takes_bf16
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -41,6 +42,12 @@ class Case:
     backward_bytes: Callable[..., int] | None = None  # None: the operator has no gradient
     training: bool = False
     memory_limit: float | None = None  # promised share of eager's peak memory, on a CPU
+
+
+def default_amp() -> str:
+    """The precision that ``--amp auto`` takes in training on this machine: ``"off"``, float32, or a half."""
+    chosen = choose_amp("auto", DEVICE)
+    return next((name for name, dtype in HALVES.items() if dtype == chosen), "off")
 
 
 def tensors(values: Any) -> list[Tensor]:

@@ -65,6 +65,16 @@ def test_bytes_and_operations_of_backward_count_only_where_it_runs():
     assert [trial.flops() for trial in trials] == [64, 192]
 
 
+@pytest.mark.parametrize(
+    ("device", "amx", "expected"), [("cpu", False, "off"), ("cpu", True, "bf16"), ("cuda", False, "bf16")]
+)
+def test_the_default_precision_is_that_of_training(monkeypatch, device, amx, expected):
+    monkeypatch.setattr(measure, "DEVICE", torch.device(device))
+    monkeypatch.setattr("dfn_fast.runtime.device.has_amx", lambda: amx)
+    monkeypatch.setattr("dfn_fast.runtime.device.onednn_takes_bf16", lambda: True)
+    assert measure.default_amp() == expected
+
+
 class Tile(NamedTuple):
     pixels: int
     channels: int
