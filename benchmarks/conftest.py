@@ -1,4 +1,7 @@
-"""What every benchmark run carries: the machine's facts in the JSON, a summary with the promises at the end."""
+"""What every benchmark run carries: the machine's facts in the JSON, a summary with the promises at the end.
+
+On a CPU a run takes the cases of a few minutes; those that are marked ``full`` take ``--full``. A GPU runs all of them.
+"""
 
 import functools
 import os
@@ -19,6 +22,12 @@ CPU_TIME_LIMIT = 1.1  # ours / eager, promised on a CPU
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
+        "--full",
+        action="store_true",
+        default=DEVICE.type == "cuda",
+        help="every case, not only those of a few minutes; on a GPU always",
+    )
+    parser.addoption(
         "--compile-mode",
         choices=measure.COMPILE_MODES,
         default=measure.COMPILE_MODES[0],
@@ -31,8 +40,27 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError("TRITON_INTERPRET=1: times of Triton's interpreter say nothing; unset it")
     if DEVICE.type == "cuda":
         measure.COMPILE_MODE = config.getoption("--compile-mode")
+    config.addinivalue_line("markers", "full: a case of --full, which a short run leaves out")
     config.stash[REPORT] = Report()
     config.stash[NOTES] = []
+    config.stash[LEFT_OUT] = 0
+
+
+@pytest.hookimpl(trylast=True)  # of what -k and -m have chosen
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out the cases marked ``full`` unless ``--full`` is given."""
+    left_out = [] if config.getoption("--full") else [item for item in items if item.get_closest_marker("full")]
+    if left_out:
+        config.stash[LEFT_OUT] = len(left_out)
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("full")]
+
+
+def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Item]) -> str:
+    left_out = config.stash[LEFT_OUT]
+    return (
+        f"a short run: {left_out} of {left_out + len(items)} cases are left out; --full runs them" if left_out else ""
+    )
 
 
 @pytest.hookimpl(wrapper=True)
@@ -100,6 +128,7 @@ def cudnn_by_trial() -> Iterator[None]:
 
 REPORT = pytest.StashKey[Report]()
 NOTES = pytest.StashKey[list[str]]()
+LEFT_OUT = pytest.StashKey[int]()
 
 
 def _line(row: dict[str, Any]) -> str:

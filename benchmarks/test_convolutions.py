@@ -4,7 +4,8 @@
 hundredth of the arithmetic, channels_last: forward, gradient of the input, gradient of the weight; then channel counts
 that tensor cores like and do not like; convolution with bias and ReLU as two calls and as one; batch norm with ReLU.
 Figures are TFLOP/s and the share of the machine's matrix product, measured in the same run. On a GPU at 512 x 512 with
-batch 1, 16 and 32, in bf16 and fp16; on a CPU at 128 x 128, batch 1, in float32 and, where it has that, bf16.
+batch 1, 16 and 32, in bf16 and fp16; on a CPU at 128 x 128, batch 1, in float32: :data:`SHORT`, and with ``--full`` all
+of them, and bf16 if it has that.
 """
 
 import functools
@@ -31,6 +32,11 @@ SIDE = 128 if CPU else 512
 DTYPES = [dtype for dtype in machine.DTYPES if CPU or dtype != torch.float32]
 DIRECTIONS = ("forward", "input gradient", "weight gradient")
 CHANNELS = [(512, 189), (512, 192), (189, 189), (192, 192), (189, 21), (192, 24), (192, 32), (21, 9), (24, 16)]
+# What a short run measures, in float32: convolutions that Winograd's algorithm makes faster, that it does not, and one
+# that it cannot take; channels that vector units do not like, and the next ones that they do.
+SHORT = ("512-512 3x3 32x32", "189-189 3x3 32x32", "512-512 1x1 32x32"), ((189, 189), (192, 192))
+FULL = [pytest.mark.full]
+BY_DTYPE = [pytest.param(dtype, id=name_of(dtype), marks=[] if dtype == torch.float32 else FULL) for dtype in DTYPES]
 
 
 def layers() -> list[Layer]:
@@ -74,10 +80,11 @@ def cases() -> Iterator[Any]:
             for layer in layers():
                 for direction in DIRECTIONS:
                     name = f"{title_of(layer)} batch {batch} {name_of(dtype)} {direction}"
-                    yield pytest.param(layer, batch, dtype, direction, name, id=name.replace(" ", "-"))
+                    marks = [] if title_of(layer) in SHORT[0] and dtype == torch.float32 else FULL
+                    yield pytest.param(layer, batch, dtype, direction, name, id=name.replace(" ", "-"), marks=marks)
 
 
-@pytest.mark.parametrize(("layer", "batch", "dtype", "direction", "name"), cases())
+@pytest.mark.parametrize(("layer", "batch", "dtype", "direction", "name"), [*cases()])
 def test_convolution(layer, batch, dtype, direction, name, benchmark, notes):
     side_in, side_out = (round(pixels**0.5) for pixels in (layer.pixels_in, layer.pixels_out))
     stride, padding = side_in // side_out, layer.kernel // 2
@@ -111,8 +118,10 @@ def test_convolution(layer, batch, dtype, direction, name, benchmark, notes):
     notes.append(note)
 
 
-@pytest.mark.parametrize("channels", CHANNELS, ids=lambda c: f"{c[0]}-{c[1]}")
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize(
+    "channels", [pytest.param(c, id=f"{c[0]}-{c[1]}", marks=[] if c in SHORT[1] else FULL) for c in CHANNELS]
+)
+@pytest.mark.parametrize("dtype", BY_DTYPE)
 def test_channel_counts(channels, dtype, benchmark, notes):
     """189 against 192, 21 against 24 and 32, 9 against 16: 3x3, at stride 4."""
     x, weight = tensors(channels, 3, SIDE // 4, BATCHES[-1], dtype)
@@ -125,8 +134,8 @@ def test_channel_counts(channels, dtype, benchmark, notes):
     notes.append(f"{benchmark.group}: {found['median_ms']:.3f} ms, {1e3 * found['tflop_per_s']:.0f} GFLOP/s")
 
 
-@pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("residual", [pytest.param(False, id="plain"), pytest.param(True, id="residual", marks=FULL)])
+@pytest.mark.parametrize("dtype", BY_DTYPE)
 def test_bias_and_relu(residual, dtype, benchmark, notes):
     """Convolution and pointwise steps as separate calls, and as one of the library's; with memory full of nan."""
     x, weight = tensors((256, 256), 3, SIDE // 16, BATCHES[-1], dtype)
@@ -149,7 +158,7 @@ def test_bias_and_relu(residual, dtype, benchmark, notes):
     notes.append(f"{benchmark.group}: {speed_up:.2f} x as fast as separate calls")
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("dtype", BY_DTYPE)
 def test_batch_norm_and_relu(dtype, benchmark, notes):
     """Training's batch norm and ReLU, forward and backward: eager, and compiled. cuDNN's own serves float16 alone."""
     x = torch.randn(BATCHES[-1] + 1, 256, SIDE // 4, SIDE // 4, device=DEVICE)

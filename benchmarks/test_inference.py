@@ -5,8 +5,8 @@
 row; ``compile`` that compiled (on a GPU in ``--compile-mode``, on a CPU with frozen weights); ``ours`` the
 ``Predictor``. With several scales theirs is the direct loop: ``cv2.resize``, the network and a resize for each scale
 and mirror image; with windows likewise, one batch of windows after the other, scores added at the image's size.
-On a GPU DFN-R101 at 512 x 512 with batch 1 and 16, at 1024 x 2048 and at 4096 x 4096 in windows; on a CPU at 256 x 256,
-batch 1, several scales at 128 x 160, and DFN-R18 in windows.
+On a GPU DFN-R101 at 512 x 512 with batch 1 and 16, at 1024 x 2048 and at 4096 x 4096 in windows; on a CPU DFN-R18 at
+256 x 256 in float32, and with ``--full`` DFN-R101 there, several scales at 128 x 160, DFN-R18 in windows, and bf16.
 """
 
 from collections.abc import Iterator
@@ -26,7 +26,8 @@ IMPLEMENTATIONS = ("float32", "eager", "compile", "ours")
 def trials() -> Iterator[Any]:
     for shape in shapes():
         for dtype in (torch.float32, torch.bfloat16) if measure.HAS_BF16 else (torch.float32,):
-            yield pytest.param((shape, dtype), id=f"{shape.name} {name_of(dtype)}".replace(" ", "-"))
+            marks = [pytest.mark.full] if shape.full or dtype != torch.float32 else []
+            yield pytest.param((shape, dtype), id=f"{shape.name} {name_of(dtype)}".replace(" ", "-"), marks=marks)
 
 
 @pytest.fixture(scope="module", params=trials())

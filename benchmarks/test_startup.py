@@ -1,7 +1,7 @@
 """What one waits for before the first result: import, first step, compilation, graph capture.
 
 ``pytest benchmarks/test_startup.py --benchmark-only``. Each is measured in a process of its own, where nothing is
-loaded, compiled or captured yet; torch's own import is told apart.
+loaded, compiled or captured yet; torch's own import is told apart. On a CPU a short run measures :data:`SHORT`.
 """
 
 import json
@@ -67,6 +67,8 @@ if CUDA:
         predictor(np.zeros((64, 64, 3), np.uint8))
     """
 
+SHORT = ("import torch", "import dfn_fast, after torch", "first image")
+
 
 def seconds_of(program: str, cache: Path) -> float:
     """Seconds from the program's ``START()``, or from its beginning, to its end."""
@@ -93,7 +95,9 @@ print(json.dumps(time.perf_counter() - begin[0]))
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("what", PROGRAMS)
+@pytest.mark.parametrize(
+    "what", [pytest.param(what, marks=[] if what in SHORT else [pytest.mark.full]) for what in PROGRAMS]
+)
 def test_startup(what, benchmark, notes, tmp_path):
     seconds: list[float] = []
     benchmark.group = "start-up"

@@ -3,8 +3,9 @@
 ``pytest benchmarks/test_training_step.py --benchmark-only [-k synthetic] [--benchmark-json FILE]``. ``eager`` is
 ``ReferenceDFN`` as its users run it (channels_last, and autocast in bf16), ``compile`` the same compiled, ``ours``
 ``FastDFN`` as ``dfn_fast.train`` runs it; ``float32`` is the reference in eager float32 without channels_last, the 1 of
-all ratios. On a GPU DFN-R18, R50 and R101 at 512 x 512, batch 32; on a CPU the default recipe and DFN-R50 at
-2 x 128 x 128. Memory is what a step allocates beyond weights and momentum, with its gradients and without.
+all ratios. On a GPU DFN-R18, R50 and R101 at 512 x 512, batch 32; on a CPU a small DFN-R18 in float32, and with
+``--full`` the default recipe, DFN-R50 at 2 x 128 x 128, and bf16. Memory is what a step allocates beyond weights and
+momentum, with its gradients and without.
 """
 
 import functools
@@ -23,7 +24,8 @@ pytestmark = [pytest.mark.timeout(1800), pytest.mark.training, pytest.mark.usefi
 def trials() -> Iterator[Any]:
     for shape in shapes():
         for amp in ("off", "bf16") if measure.HAS_BF16 else ("off",):
-            yield pytest.param((shape, amp), id=shape.trial_name(amp).replace(" ", "-"))
+            marks = [pytest.mark.full] if shape.full or amp != "off" else []
+            yield pytest.param((shape, amp), id=shape.trial_name(amp).replace(" ", "-"), marks=marks)
 
 
 @pytest.fixture(scope="module", params=trials())

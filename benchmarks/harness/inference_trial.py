@@ -38,6 +38,7 @@ class Shape:
     scales: tuple[float, ...] = (1.0,)
     window: int | None = None
     backbone: str = "resnet101"
+    full: bool = True  # only with --full; a GPU runs all
 
     @property
     def name(self) -> str:
@@ -78,6 +79,7 @@ def shapes() -> Iterator[Shape]:
             Shape(1, 512, 512, backbone="resnet18"),
         )
         return
+    yield Shape(1, 256, 256, backbone="resnet18", full=False)
     yield from (Shape(1, 256, 256), Shape(1, 128, 160, SCALES), Shape(1, 256, 256, window=128, backbone="resnet18"))
 
 

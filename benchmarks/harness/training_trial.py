@@ -26,6 +26,7 @@ class Shape:
     config: TrainConfig
     num_classes: int
     compiles: bool = True
+    full: bool = True  # only with --full; a GPU runs all
 
     def trial_name(self, amp: str) -> str:
         height, width = self.config.crop
@@ -37,6 +38,10 @@ def shapes() -> Iterator[Shape]:
         for depth in ("resnet18", "resnet50", "resnet101"):
             yield Shape(f"DFN-R{depth[6:]}", TrainConfig(backbone=depth), 21)
         return
+    # Small, as a short run has to compile it: the Smooth Network with one head compiles in half the time of the whole.
+    small = TrainConfig(backbone="resnet18", stem="conv7", channels=64, crop=(64, 64), batch_size=4)
+    small = dataclasses.replace(small, border=False, deep_supervision=False)
+    yield Shape("DFN-R18 without border", small, 21, full=False)
     yield Shape("synthetic recipe", recipe("synthetic"), 8)
     r50 = TrainConfig(backbone="resnet50", crop=(128, 128), batch_size=2)
     yield Shape("DFN-R50", r50, 21, compiles=False)  # minutes to compile, and slower then than eager
@@ -99,7 +104,8 @@ class TrainingTrial:
         config, K = self.shape.config, self.shape.num_classes
         names = ("backbone", "stem", "channels", "border_channels")
         settings: dict[str, Any] = {name: getattr(config, name) for name in names}
-        settings |= {"batch": config.batch_size, "num_classes": K, "border": True, "one_head": False}
+        settings |= {"batch": config.batch_size, "num_classes": K}
+        settings |= {"border": config.border, "one_head": not config.deep_supervision}
         height, width = config.crop
         written, least = (Network(height=height, width=width, **settings, savings=saved) for saved in (False, True))
         dtype = torch.float32 if implementation == "float32" or self.amp == "off" else torch.bfloat16
