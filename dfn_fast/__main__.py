@@ -1,4 +1,4 @@
-"""The console script ``dfn``: ``dfn train`` is ``python -m dfn_fast.train``, and so for every other command."""
+"""The console script ``dfn``: ``dfn train`` is ``python -m dfn_fast.train``, and likewise for the other commands."""
 
 import sys
 
@@ -14,13 +14,13 @@ COMMANDS = {
     "train": (train, "train a network"),
     "evaluate": (evaluate, "measure a checkpoint on a data set"),
     "predict": (predict, "segment images, videos and streams"),
-    "export": (export, "write a network as ONNX, torch.export program or AOTInductor package"),
+    "export": (export, "write a network as an ONNX, torch.export or AOTInductor file"),
     "data": (data, "show the data sets, check yours, convert SBD"),
 }
 
 
 def main() -> int | None:
-    """Runs the command named first with the arguments after it; returns its exit code."""
+    """Runs the command in the first argument with the arguments after it. Returns its exit code."""
     parser = cli.Parser(
         prog="dfn",
         usage="%(prog)s COMMAND [arguments]",

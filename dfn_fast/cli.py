@@ -11,7 +11,7 @@ from typing import Any
 
 from dfn_fast.errors import UserError, nearest
 
-# A progress bar of images, for tqdm: images/s, however slow.
+# tqdm's settings for a progress bar of images: always images/s, however slow.
 IMAGES_BAR: dict[str, Any] = {
     "unit": " images",
     "dynamic_ncols": True,
@@ -48,14 +48,14 @@ class Parser(argparse.ArgumentParser):
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Options in one column of 28, their defaults left out where there is none to tell."""
+    """Puts option names in a column of 28 characters."""
 
     def __init__(self, prog):
         super().__init__(prog, max_help_position=28, width=100)
 
 
 def as_called(text: str) -> str:
-    """``text`` with our commands named as the user calls them: ``dfn train`` if this process is the script ``dfn``."""
+    """Names our commands in ``text`` as the user calls them: ``dfn train`` if this process is the script ``dfn``."""
     program = Path(sys.argv[0])
     if program.stem == "dfn":
         return text.replace("python -m dfn_fast.", "dfn ")
@@ -65,7 +65,7 @@ def as_called(text: str) -> str:
 
 
 def dashed(name: str) -> str:
-    """A field's name as an option's."""
+    """The option name of a field, without the leading ``--``."""
     return name.replace("_", "-")
 
 
@@ -73,14 +73,14 @@ def size(text: str) -> tuple[int, int]:
     """``"512"`` or ``"512x1024"`` (height x width) as ``(height, width)``."""
     match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
     if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; write 512 or 512x1024 (height x width)")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write 512 or 512x1024 (height x width)")
     return int(match[1]), int(match[2] or match[1])
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Runs a command line's ``main`` and exits: 2 with the text of a :class:`UserError`, else what ``main`` returns."""
+    """Runs a command's ``main`` and exits with its code. Prints a :class:`UserError` as text and exits with 2."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no text
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file name may not be valid text
     try:
         code = main()
     except UserError as error:

@@ -15,12 +15,12 @@ from dfn_fast.network.backbone import LAYERS, MIN_SIZE, STEMS
 
 MODELS = ("fast", "reference")
 MEMORY = ("off", "norm", "blocks")
-LARGEST = 1 << 62  # of whole numbers: within what PyTorch and NumPy take
+LARGEST = 1 << 62  # limit of integers, within the range of PyTorch and NumPy
 PAPER_SCALES = (0.5, 0.75, 1.0, 1.5, 1.75)
 
 
 def option(default: Any, group: str, text: str, choices: tuple[str, ...] = (), minimum: float | None = None) -> Any:
-    """A field: its default, the part of ``--help`` it stands in, what it means, and the values it takes."""
+    """Returns a field with its default, its group in ``--help``, its help text and the values it accepts."""
     return field(default=default, metadata={"group": group, "help": text, "choices": choices, "minimum": minimum})
 
 
@@ -32,23 +32,22 @@ class TrainConfig:
 
     data: str = option("synthetic", "data", "data set: see `python -m dfn_fast.data list`")
     root: str | None = option(None, "data", "folder of the data set")
-    train_split: str = option("train", "data", "split to train on; several are joined by +")
+    train_split: str = option("train", "data", "split to train on; join several with +")
     val_split: str = option("val", "data", "split to validate on")
     num_classes: int | None = option(
-        None, "data", "number of classes, for folder and list data without names", minimum=2
+        None, "data", "number of classes, for folder and list data without class names", minimum=2
     )
-    classes: str | None = option(None, "data", "file of class names, one a line, for folder and list data")
+    classes: str | None = option(None, "data", "file of class names, one per line, for folder and list data")
     crop: tuple[int, int] = option((512, 512), "data", "size of a training crop: 512 or 512x1024 (height x width)")
     scales: tuple[float, ...] = option(PAPER_SCALES, "data", "random scales of the training images")
     flip: bool = option(True, "data", "flip half of the training images left to right")
     border_width: int = option(7, "data", "width of the border targets in pixels, odd", minimum=1)
-    allow_outside_root: bool = option(False, "data", "let lists name files that are not below --root")
-    workers: int = option(4, "data", "processes that load images; 0 loads in the main one", minimum=0)
+    allow_outside_root: bool = option(False, "data", "let lists name files outside --root")
+    workers: int = option(4, "data", "processes that load images; 0 loads them in the main process", minimum=0)
     loader_timeout: float = option(
         300.0,
         "data",
-        "seconds after which a batch that does not come is an error, which names the sample; 0: wait for ever, as "
-        "--workers 0 does",
+        "fail, naming the sample, if a batch takes longer than this many seconds; 0 waits forever, as --workers 0 does",
         minimum=0,
     )
 
@@ -63,13 +62,13 @@ class TrainConfig:
     border_channels: int = option(21, "network", "width of the Border Network", minimum=1)
     global_context: bool = option(True, "network", "global average pooling above the highest stage")
     channel_attention: bool = option(True, "network", "channel attention blocks; off: additions")
-    deep_supervision: bool = option(True, "network", "a loss at each of the four stages; off: at the last alone")
+    deep_supervision: bool = option(True, "network", "a loss at each of the four stages; off: only at the last")
     border: bool = option(True, "network", "the Border Network")
     pretrained: str | None = option(
         None, "network", "ImageNet weights of the backbone: a file, or a name such as resnet101s"
     )
     weights: str | None = option(None, "network", "DFN weights to start from: any checkpoint or safetensors file")
-    strict: bool = option(True, "network", "whether --weights must fit in every tensor")
+    strict: bool = option(True, "network", "require --weights to fit in every tensor")
 
     border_weight: float = option(0.1, "loss", "lambda of eq. 7: weight of the border losses", minimum=0)
     focal_alpha: float = option(0.25, "loss", "alpha of the focal loss, eq. 4", minimum=0)
@@ -77,19 +76,19 @@ class TrainConfig:
     focal: str = option(
         "retinanet",
         "loss",
-        "formula of the focal loss; torchseg: as its published code has it",
+        "formula of the focal loss; torchseg: as in its published code",
         ("retinanet", "torchseg"),
     )
 
     epochs: int = option(40, "optimiser", "passes over the training images", minimum=1)
     iterations: int | None = option(None, "optimiser", "optimiser steps in all, instead of --epochs", minimum=1)
     batch_size: int = option(
-        32, "optimiser", "images of one forward pass, of all processes together under torchrun", minimum=1
+        32, "optimiser", "images per forward pass, in all processes together under torchrun", minimum=1
     )
-    accumulate: int = option(1, "optimiser", "forward passes whose gradients one step averages", minimum=1)
-    lr: float = option(4e-3, "optimiser", "learning rate of the backbone at the start", minimum=0)
+    accumulate: int = option(1, "optimiser", "forward passes per step, whose gradients are averaged", minimum=1)
+    lr: float = option(4e-3, "optimiser", "initial learning rate of the backbone", minimum=0)
     new_layer_lr: float = option(
-        1.0, "optimiser", "factor of the learning rate for all layers but the backbone", minimum=0
+        1.0, "optimiser", "factor on the learning rate of all layers outside the backbone", minimum=0
     )
     power: float = option(
         0.9, "optimiser", "power of the poly policy: lr * (1 - iteration / iterations) ^ power", minimum=0
@@ -98,7 +97,7 @@ class TrainConfig:
     weight_decay: float = option(1e-4, "optimiser", "weight decay of SGD", minimum=0)
     decay_norm_and_bias: bool = option(True, "optimiser", "weight decay for norm layers and biases too")
 
-    device: str = option("auto", "execution", "cuda, cuda:1, cpu; auto: CUDA where there is one")
+    device: str = option("auto", "execution", "cuda, cuda:1 or cpu; auto: CUDA if available")
     amp: str = option(
         "auto",
         "execution",
@@ -107,7 +106,7 @@ class TrainConfig:
     )
     channels_last: bool = option(True, "execution", "channels_last memory format")
     compile: bool | None = option(
-        None, "execution", "torch.compile the step (default: on CUDA; on a CPU it slows training)"
+        None, "execution", "torch.compile the step (default: only on CUDA; it slows training on a CPU)"
     )
     cuda_graph: bool = option(
         False, "execution", "launch forward and backward as one CUDA graph: less work for the host, more GPU memory"
@@ -115,23 +114,21 @@ class TrainConfig:
     memory: str = option(
         "off",
         "execution",
-        "what the backward pass computes again instead of keeping it; norm: normalisation, ReLU and additions of the "
+        "what to recompute in the backward pass instead of storing it; norm: normalisation, ReLU and additions of the "
         "backbone, about 0.8 x the activation memory and 1 to 1.2 x the time; blocks: all residual blocks, about "
         "0.4 to 0.55 x and 1.3 to 1.4 x",
         MEMORY,
     )
     fsdp: bool = option(
-        False, "execution", "deal weights, gradients and momenta out to the processes of torchrun: less memory for each"
+        False, "execution", "shard weights, gradients and momenta over the processes of torchrun: less memory in each"
     )
-    deterministic: bool = option(False, "execution", "deterministic algorithms only, slower on a GPU")
-    seed: int = option(0, "execution", "seed of the weights, of the order and of the augmentation", minimum=0)
+    deterministic: bool = option(False, "execution", "use only deterministic algorithms, slower on a GPU")
+    seed: int = option(0, "execution", "seed of the weights, the image order and the augmentation", minimum=0)
 
-    output_dir: str | None = option(None, "output", "folder of the run (default: runs/RECIPE, numbered where taken)")
-    val_every: int = option(
-        1, "output", "epochs between two validations; the last epoch is always validated", minimum=1
-    )
-    checkpoint_every: int = option(500, "output", "iterations between two checkpoints, besides one an epoch", minimum=1)
-    log_every: int = option(10, "output", "iterations between two lines of metrics.jsonl", minimum=1)
+    output_dir: str | None = option(None, "output", "folder of the run (default: runs/RECIPE, numbered if taken)")
+    val_every: int = option(1, "output", "epochs between validations; the last epoch is always validated", minimum=1)
+    checkpoint_every: int = option(500, "output", "iterations between checkpoints, besides one per epoch", minimum=1)
+    log_every: int = option(10, "output", "iterations between lines of metrics.jsonl", minimum=1)
     tensorboard: bool = option(False, "output", "also write TensorBoard events (extra: tensorboard)")
 
     def __post_init__(self):
@@ -165,17 +162,17 @@ class TrainConfig:
         if self.memory != "off" and self.model != "fast":
             raise ConfigError(f"--memory {self.memory} needs --model fast; the reference keeps every activation")
         if self.fsdp and (self.compile or self.cuda_graph):
-            raise ConfigError("--fsdp gathers weights in the midst of a step; leave out --compile and --cuda-graph")
+            raise ConfigError("--fsdp gathers weights during a step; leave out --compile and --cuda-graph")
         if self.fsdp and self.amp == "fp16":
             raise ConfigError("--fsdp --amp fp16: each process would scale and skip steps by its own shard; use bf16")
         if self.cuda_graph and self.accumulate > 1:
             raise ConfigError(
-                "--cuda-graph overwrites the gradients at each pass and cannot add those of several; "
+                "--cuda-graph overwrites the gradients in each pass and cannot accumulate them; "
                 "leave out --accumulate or --cuda-graph"
             )
 
     def network_arguments(self) -> dict[str, Any]:
-        """The keyword arguments of the network that a checkpoint must hold to build it again, but ``num_classes``."""
+        """The keyword arguments that a checkpoint must hold to rebuild the network, except ``num_classes``."""
         names = ("backbone", "stem", "channels", "border_channels")
         switches = ("global_context", "channel_attention", "deep_supervision", "border")
         return {name: getattr(self, name) for name in names + switches}
@@ -200,7 +197,7 @@ class TrainConfig:
 
 
 def _convert(value: Any, kind: Any, what: str) -> Any:
-    """``value`` as JSON gives it, in the type of its field; a value of another type is an error."""
+    """Returns a value read from JSON in the type of its field. Raises :class:`ConfigError` if the types differ."""
     allowed = typing.get_args(kind) if typing.get_origin(kind) is not tuple else (kind,)
     allowed = allowed or (kind,)
     if value is None and type(None) in allowed:
@@ -242,7 +239,7 @@ PRESETS = ("paper", "torchseg")
 
 
 def recipe(name: str, preset: str = "paper") -> TrainConfig:
-    """A named recipe. ``preset`` chooses the learning rates of the paper or of the authors' code (TorchSeg)."""
+    """A named recipe. ``preset`` chooses the numbers of the paper or of the authors' code (TorchSeg)."""
     if name not in RECIPES:
         raise ConfigError(f"unknown recipe {name!r}: expected one of {', '.join(RECIPES)}" + nearest(name, RECIPES))
     if preset not in PRESETS:
@@ -253,7 +250,7 @@ def recipe(name: str, preset: str = "paper") -> TrainConfig:
     return TrainConfig(recipe=name, data=name, **changes)
 
 
-# What each recipe changes; all else is the dataclass's default, which is the paper's section 4.1.
+# The fields that each recipe changes. The defaults of the dataclass are those of the paper's section 4.1.
 RECIPES: dict[str, dict[str, Any]] = {
     # Minutes on two CPU cores, from scratch.
     "synthetic": {
@@ -271,7 +268,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     # From scratch, 367 images of 360 x 480: the paper does not train on CamVid.
     "camvid": {"crop": (352, 480), "epochs": 200, "batch_size": 8, "lr": 0.01, "border_width": 5},
-    # The outlines of VOC's objects are 5 pixels of 255: the border reaches 3 pixels beyond them on each side.
+    # VOC outlines its objects with 5 pixels of 255; the border reaches 3 pixels beyond them on each side.
     "voc": {"train_split": "train_aug", "border_width": 11, "pretrained": "resnet101s", "epochs": 80},
     "cityscapes": {"crop": (800, 800), "pretrained": "resnet101s", "epochs": 240},
 }

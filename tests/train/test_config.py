@@ -68,7 +68,7 @@ def test_every_field_is_an_option():
         (["--weight-decai", "1"], "unknown option --weight-decai; did you mean --weight-decay?"),
         (["--lr=1", "--chanels=4"], "unknown option --chanels=4; did you mean --channels?"),
         (["--backbone", "resnet110"], "did you mean resnet101?"),
-        (["--crop", "big"], "'big' is no size"),
+        (["--crop", "big"], "'big' is not a size"),
         (["--batch-size", "two"], "--batch-size"),
     ],
 )
