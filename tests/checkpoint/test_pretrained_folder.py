@@ -12,10 +12,17 @@ from dfn_fast.errors import CheckpointError, ConfigError
 from dfn_fast.inference.loading import load_model
 from dfn_fast.network.fast import FastDFN
 from dfn_fast.network.reference import ReferenceDFN
-from support.networks import SMALL, random_dfn
+from support.networks import SMALL, narrow_backbones, random_dfn
 
 CLASSES = ["a", "b", "c", "d", "é"]
 PALETTE = torch.arange(15, dtype=torch.uint8).view(5, 3).numpy()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def narrow():
+    """The published ResNet-18 and 50 would take most of the time."""
+    with narrow_backbones():
+        yield
 
 
 @pytest.fixture

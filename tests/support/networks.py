@@ -69,6 +69,13 @@ def narrow_backbones(resnet18: int = 2) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def published_backbones() -> Iterator[None]:
+    """Within it, and within :func:`narrow_backbones`, networks are built on backbones as wide as published."""
+    with patch("dfn_fast.network.reference.ResNet", ResNet):
+        yield
+
+
 def random_dfn(num_classes: int = 5, network: type[ReferenceDFN] = ReferenceDFN, **settings) -> ReferenceDFN:
     """A small float64 network with random norm layers and biases, as after training."""
     torch.manual_seed(0)
