@@ -18,7 +18,7 @@ from dfn_fast.export import __main__ as export
 from dfn_fast.export import formats as export_formats
 from dfn_fast.export.__main__ import main
 from dfn_fast.network.fast import FastDFN
-from support.networks import random_dfn
+from support.networks import narrow_backbones, random_dfn
 
 CLASSES = ["a", 'b "quoted"', "é\\"]
 PALETTE = np.arange(9, dtype=np.uint8).reshape(3, 3)
@@ -40,6 +40,13 @@ class TinyNetwork(nn.Module):
         x = self.conv(data)
         x = x * torch.sigmoid(self.gate(x.mean((2, 3))))[:, :, None, None]
         return F.log_softmax(F.interpolate(x, size=data.shape[2:], mode="bilinear", align_corners=True), dim=1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def narrow():
+    """PyTorch's exporters take as long as there are operators."""
+    with narrow_backbones(resnet18=1):
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from dfn_fast import FastDFN, ReferenceDFN, Savings
 from dfn_fast.network import savings
 from dfn_fast.network.losses import CrossEntropyLoss, SigmoidFocalLoss
 from dfn_kernels import tuning
-from support.networks import SMALL, VARIANT_NAMES, VARIANTS, batch, random_dfn
+from support.networks import SMALL, VARIANT_NAMES, VARIANTS, batch, narrow_backbones, random_dfn
 
 NONE = Savings.none()
 ALONE = {
@@ -22,6 +22,13 @@ ALONE = {
     "pad_channels_to": dataclasses.replace(NONE, pad_channels_to=8),
 }
 ALL = Savings(pad_channels_to=8)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def narrow():
+    """The published ResNet-18 and 50 would take most of the time."""
+    with narrow_backbones():
+        yield
 
 
 @pytest.fixture
@@ -319,9 +326,10 @@ def test_a_copy_keeps_its_savings():
 # Compiled
 
 
-@pytest.mark.parametrize("chosen", [Savings(), ALL], ids=["cpu", "padded"])
+@pytest.mark.parametrize("chosen", [Savings(), pytest.param(ALL, marks=pytest.mark.slow)], ids=["cpu", "padded"])
 def test_one_graph_compiles_and_equals_eager(chosen, composing_always_pays):
-    _, eager = pair(chosen)
+    with narrow_backbones(resnet18=1):
+        _, eager = pair(chosen)
     data = batch((33, 47), count=3)
     model = copy.deepcopy(eager)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

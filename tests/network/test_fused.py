@@ -20,9 +20,16 @@ from dfn_fast.network.blocks import resize
 from dfn_fast.network.fused import Convolution, FusedDFN
 from dfn_fast.trainer.trainer import Trainer
 from dfn_kernels import tuning
-from support.networks import VARIANT_NAMES, VARIANTS, batch, random_dfn
+from support.networks import VARIANT_NAMES, VARIANTS, batch, narrow_backbones, random_dfn
 
 STEPS = 60
+
+
+@pytest.fixture(scope="module", autouse=True)
+def narrow():
+    """The published ResNet-18 and 50 would take most of the time."""
+    with narrow_backbones():
+        yield
 
 
 @pytest.fixture(params=["direct", "winograd"])

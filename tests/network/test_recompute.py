@@ -3,11 +3,13 @@ import torch
 
 from dfn_fast.network.recompute import set_recompute
 from support.allocations import Allocations
+from support.networks import narrow_backbones
 from support.steps import tiny_batch, tiny_trainer
 
 
 def one_pass(mode, device="cpu", compiled=None, **settings):
-    trainer = tiny_trainer(device, blocks=2, **settings)
+    with narrow_backbones():
+        trainer = tiny_trainer(device, blocks=2, **settings)
     set_recompute(trainer.model, mode)
     loss_fn = trainer.loss if compiled is None else compiled(trainer.loss)
     trainer.model.train()
@@ -35,7 +37,7 @@ def test_what_is_computed_again_has_the_same_bits(mode, kept):
     assert kept["buffer backbone.bn1.num_batches_tracked"] == 1
 
 
-@pytest.mark.parametrize("mode", ["norm", "blocks"])
+@pytest.mark.parametrize("mode", ["norm", pytest.param("blocks", marks=pytest.mark.slow)])
 def test_it_is_one_graph_when_compiled(mode):
     parts = {"border": False, "deep_supervision": False}
     kept = one_pass("off", parts=parts)

@@ -10,8 +10,25 @@ import torch.nn.functional as F
 from torch import nn
 
 from dfn_fast.network.reference import ReferenceDFN
-from support.networks import ABLATIONS, SMALL, VARIANT_NAMES, VARIANTS, batch, random_dfn
+from support.networks import (
+    ABLATIONS,
+    SMALL,
+    VARIANT_NAMES,
+    VARIANTS,
+    batch,
+    narrow_backbones,
+    published_backbones,
+    random_dfn,
+)
 from support.transcription import Transcription
+
+
+@pytest.fixture(scope="module", autouse=True)
+def narrow():
+    """The published ResNet-18 and 50 would take most of the time."""
+    with narrow_backbones():
+        yield
+
 
 # Names, shapes, counts
 
@@ -98,7 +115,8 @@ def test_each_ablation_has_the_parameters_of_its_parts():
 
 @pytest.mark.parametrize(("settings", "size"), VARIANTS, ids=VARIANT_NAMES)
 def test_log_probabilities_match_a_second_transcription(settings, size):
-    model = random_dfn(**settings).eval()
+    with published_backbones():
+        model = random_dfn(**settings).eval()
     image, _, _ = batch(size)
     with torch.no_grad():
         result = model(image)
@@ -238,8 +256,10 @@ def test_syncbatchnorm_takes_the_place_of_batchnorm():
     assert len(sync.train().stages(image)) == 4
 
 
+@pytest.mark.slow
 def test_one_graph_compiles_and_equals_eager():
-    model = random_dfn()
+    with narrow_backbones(resnet18=1):
+        model = random_dfn()
     data = batch((33, 47), count=3)
     eager, compiled = copy.deepcopy(model), torch.compile(model, fullgraph=True, backend="aot_eager")
     losses = [network(*data) for network in (compiled, eager)]

@@ -20,6 +20,7 @@ from dfn_fast.trainer.build import TrainingLoss, compile_loss
 from dfn_fast.trainer.finite import NonFiniteLoss
 from dfn_fast.trainer.trainer import Trainer
 from support.layout_changes import layout_changes
+from support.networks import narrow_backbones
 from support.steps import COUNT, tiny_batch, tiny_trainer
 
 SYNTHETIC = "--channels 8 --no-border --no-deep-supervision --crop 32 --batch-size 3 --workers 0 --device cpu"
@@ -44,6 +45,13 @@ OWN_ORDER = (
 def few_scenes(monkeypatch):
     """Synthetic data of twelve training and two validation images."""
     monkeypatch.setattr("dfn_fast.data.datasets.synthetic.LENGTHS", {"train": 12, "val": 2})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def narrow():
+    """The published ResNet-18 would take most of the time."""
+    with narrow_backbones(resnet18=1):
+        yield
 
 
 # Layout
@@ -126,6 +134,7 @@ def test_a_run_compiles_once(tmp_path, monkeypatch, few_scenes):
         return torch.compile(loss, fullgraph=True, dynamic=False, backend=counting)
 
     monkeypatch.setattr("dfn_fast.trainer.trainer.compile_loss", compile_loss)
+    monkeypatch.setattr("dfn_fast.train.__main__.draw", lambda *_: None)
     words = [*SYNTHETIC.split(), "--epochs", "2", "--compile", "--profile"]
     assert main(["synthetic", *words, "--output-dir", str(tmp_path / "run")]) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
