@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
         except Stopped:
             print(f"stopped at iteration {run.position.iteration} of {run.iterations}, saved in {folder.last}")
             again = f"python -m dfn_fast.train {run.config.recipe} --resume --output-dir {folder.path}"
-            print(f"continue: {cli.as_called(again)}")
+            print(f"continue with: {cli.as_called(again)}")
             return stop.exit_code if stop.requested else 0
         except NonFiniteLoss as error:
             raise NonFiniteLoss(f"{error} (the last finite checkpoint is {folder.last})") from error
@@ -34,9 +34,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def begin(arguments: argparse.Namespace, stop: StopRequest, world: World) -> Run:
-    """The run that the options ask for, new or where it stopped, its folder being there.
+    """Returns the run that the options name, new or resumed, and makes its folder.
 
-    One that torchrun starts again, after a worker died, goes on from its own last checkpoint, asked to resume or not.
+    If torchrun restarts the run after a worker died, it continues from its last checkpoint even without ``--resume``.
     """
     agent = Agent()
 
@@ -63,7 +63,7 @@ def begin(arguments: argparse.Namespace, stop: StopRequest, world: World) -> Run
 
 
 def finish(run: Run) -> int:
-    """summary.json and the pictures, from the best checkpoint."""
+    """Writes summary.json and the pictures, from the best checkpoint. Returns the exit code."""
     best = run.folder.best if run.folder.best.exists() else run.folder.last
     network = run.trainer.network(read_file(best)["model"])
     draw(run.trainer, network, run.val_set, run.folder)

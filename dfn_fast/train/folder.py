@@ -1,12 +1,12 @@
-"""The folder of a training run: configuration, metrics, checkpoints, summary. No run overwrites another one's.
+"""The folder of a training run: configuration, metrics, checkpoints, summary. No run overwrites another.
 
 ::
 
     runs/voc/
       config.json          the configuration: `--config` starts another run from it
-      last.pth  best.pth   checkpoints: `--resume` continues from the last
-      previous.pth         the one before the last, for when that is damaged
-      metrics.jsonl        a line every few iterations, a line a validation
+      last.pth  best.pth   checkpoints: `--resume` continues from last.pth
+      previous.pth         the checkpoint before last.pth, used if that is damaged
+      metrics.jsonl        a line every few iterations, and one per validation
       summary.json  curves.png  predictions.png      at the end
 """
 
@@ -36,7 +36,7 @@ class RunFolder:
         self.best = self.path / "best.pth"
         self.metrics_file = self.path / "metrics.jsonl"
         self.summary_file = self.path / "summary.json"
-        self.last_is_whole = True  # False: it was found damaged, and must not take the place of the one before
+        self.last_is_whole = True  # False if it was found damaged: it must not replace previous.pth
 
     def require_no_run(self) -> None:
         if self.config_file.exists() or self.last.exists() or self.previous.exists():
@@ -45,14 +45,14 @@ class RunFolder:
             )
 
     def start(self, config: TrainConfig) -> None:
-        """Makes the folder for a new run; one that holds a run, or cannot be written, is an error."""
+        """Makes the folder of a new run. Raises :class:`ConfigError` if it holds a run or cannot be written."""
         self.require_no_run()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             write_json(self.config_file, config.to_dict())
         except OSError as error:
             raise ConfigError(
-                f"--output-dir {self.path} cannot be written ({error.strerror}); choose another"
+                f"--output-dir {self.path} cannot be written ({error.strerror}); choose another folder"
             ) from error
 
     def config(self) -> TrainConfig:
@@ -62,13 +62,14 @@ class RunFolder:
         return load_config(self.config_file)
 
     def save_last(self, content: dict[str, Any]) -> None:
-        """``content`` as last.pth; what that was becomes previous.pth. At every moment one of the two is whole."""
+        """Writes ``content`` to last.pth and keeps the old file as previous.pth. One of the two is always whole."""
         save_atomic(content, self.last, self.previous if self.last_is_whole else None)
         self.last_is_whole = True
 
     def read_last(self) -> dict[str, Any] | None:
-        """The content of last.pth; where that is missing or damaged, which is said, of previous.pth. None: the run
-        was killed before its first checkpoint. Raises :class:`CheckpointError` with both where neither can be used.
+        """The content of last.pth, or of previous.pth, with a message, if last.pth is missing or damaged.
+
+        None if the run was killed before its first checkpoint. Raises :class:`CheckpointError` if neither can be used.
         """
         errors = []
         for path in (self.last, self.previous):
@@ -82,16 +83,16 @@ class RunFolder:
                 print(f"{errors[0]}\ncontinuing from {path}", file=sys.stderr)
             return content
         if self.last.exists() or self.previous.exists():
-            raise CheckpointError("\n".join([*errors, "start a new run, from the weights of best.pth with --weights"]))
+            raise CheckpointError("\n".join([*errors, "start a new run from best.pth with --weights"]))
         return None
 
     def log(self, record: dict[str, Any]) -> None:
-        """Appends a line to metrics.jsonl; a value that is not finite becomes null."""
+        """Appends ``record`` to metrics.jsonl; a value that is not finite becomes null."""
         with naming(self.metrics_file), self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(finite(record)) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl; one that was cut short, or is no record, is left out."""
+        """The records of metrics.jsonl; a line that is truncated or not a record is left out."""
         records = []
         if self.metrics_file.exists():
             for line in self.metrics_file.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -104,11 +105,11 @@ class RunFolder:
         return records
 
     def forget_after(self, iteration: int, epochs: int) -> None:
-        """Drops metrics later than the checkpoint that a resumed run continues from: they will be made again.
+        """Drops the metrics that are later than a checkpoint at ``iteration`` steps and ``epochs`` epochs.
 
-        ``iteration`` steps are behind it and ``epochs`` validations.
+        A run that continues from this checkpoint writes them again.
         """
-        for leftover in self.path.glob(".*.tmp"):  # of a run that was killed while it wrote
+        for leftover in self.path.glob(".*.tmp"):  # from a run that was killed while writing
             with naming(leftover):
                 leftover.unlink()
         limits = {"train": ("iteration", iteration), "val": ("epoch", epochs)}
@@ -127,13 +128,13 @@ class RunFolder:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Makes an ``OSError`` in the block an :class:`OutputError` about ``path``."""
+    """Turns an ``OSError`` in the block into an :class:`OutputError` that names ``path``."""
     try:
         yield
     except OSError as error:
         raise OutputError(
-            f"{path} cannot be written ({error.strerror or error}); free some space, or let the folder "
-            "exist and be writable, and continue with --resume"
+            f"{path} cannot be written ({error.strerror or error}); free some space, or make the folder "
+            "exist and writable, then continue with --resume"
         ) from error
 
 
@@ -141,12 +142,12 @@ def training_checkpoint(path: Path) -> dict[str, Any]:
     """The content of a checkpoint that a run can continue from."""
     content = read_file(path)
     if "position" not in content or "optimizer" not in content:
-        raise CheckpointError(f"{path}: expected a training checkpoint, got weights alone; use --weights")
+        raise CheckpointError(f"{path}: expected a training checkpoint, got only weights; use --weights")
     return content
 
 
 def default_folder(recipe: str, resume: bool) -> Path:
-    """``runs/RECIPE``, or the first free ``runs/RECIPE-N``; to resume, the one of these that was saved to last."""
+    """``runs/RECIPE``, or the next ``runs/RECIPE-N`` if taken; with ``resume``, the one that was saved to last."""
     runs = Path("runs")
     taken = []
     if runs.is_dir():

@@ -1,4 +1,4 @@
-"""Whether losses, gradients and weights are finite: found without waiting for the device at each step."""
+"""Finds losses and gradients that are not finite, without waiting for the device at each step."""
 
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from dfn_fast.train.position import Position
 from dfn_fast.trainer.finite import Gradients, NonFiniteLoss, broken_names
 from dfn_fast.trainer.trainer import Trainer
 
-MAX_SKIPPED = 20  # fp16 steps in a row: each halves the scale of the loss, from 65536 down to 1/16
+MAX_SKIPPED = 20  # fp16 steps in a row: each halves the loss scale, from 65536 down to 1/16
 
 
 class Pending(NamedTuple):
@@ -23,11 +23,11 @@ class Pending(NamedTuple):
 
 
 class LossWatch:
-    """Losses that stay on the device until they are read, with the images that each came from and its gradients.
+    """Keeps losses on the device until they are read, each with the names of its images and its gradients.
 
-    Reading waits for the device, so it is done every few iterations there; what is not finite is found then. In fp16
-    the scaler has skipped a step whose gradients overflowed: ``position`` counts it. A loss that is not finite is an
-    error in every precision: what made it so is in the statistics of the norm layers for good.
+    Reading waits for the device, so on a GPU it happens every few iterations; only then are nan and infinity found.
+    In fp16 the scaler has skipped a step whose gradients overflowed, and ``position`` counts it. A loss that is not
+    finite is an error in every precision, as its cause stays in the statistics of the norm layers for good.
     """
 
     def __init__(self, trainer: Trainer | None = None, position: Position | None = None):
@@ -36,12 +36,14 @@ class LossWatch:
         self.pending: list[Pending] = []
 
     def add(self, iteration: int, loss: Tensor, names: list[str]) -> None:
-        """The last step's."""
+        """Adds the loss and the images of the last step."""
         self.pending.append(Pending(iteration, loss, names, self.trainer.gradients if self.trainer else None))
 
     def read(self) -> list[float]:
-        """The losses since the last call, of whole batches. Raises :class:`NonFiniteLoss` with iteration, images and
-        parameters, in all processes alike."""
+        """Returns the losses since the last call, each over the batch of all processes.
+
+        Raises :class:`NonFiniteLoss`, in all processes, with iteration, images and parameters.
+        """
         if not self.pending:
             return []
         values = self.world.mean(torch.stack([self._verdict(step) for step in self.pending])).tolist()
@@ -57,7 +59,7 @@ class LossWatch:
 
     @staticmethod
     def _verdict(step: Pending) -> Tensor:
-        """``[2]``: the loss, and 1 where all gradients are finite."""
+        """``[2]``: the loss, and 1 if all gradients are finite, else 0."""
         finite = torch.ones_like(step.loss) if step.gradients is None else step.gradients.finite.all()
         return torch.stack((step.loss, finite.to(step.loss.dtype)))
 
@@ -80,7 +82,7 @@ class LossWatch:
             raise NonFiniteLoss(
                 f"the {position.skipped_in_a_row} steps since iteration {first} were all skipped: "
                 f"the loss is {loss:.4g} but gradients overflowed, at iteration {step.iteration + 1} those of "
-                f"{self._parameters(step)}. The weights are those of before these steps; {self._advice()}"
+                f"{self._parameters(step)}. The weights are as they were before these steps; {self._advice()}"
             )
 
     def _images(self, step: Pending) -> str:

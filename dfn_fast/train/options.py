@@ -11,12 +11,12 @@ from dfn_fast.config import PRESETS, RECIPES, TrainConfig, load_config, recipe
 from dfn_fast.errors import ConfigError
 
 EPILOG = """\
-recipes (--preset torchseg: the learning rates and the focal loss of the authors' code):
+recipes (--preset torchseg: learning rates, weight decay and focal loss of the authors' code):
   synthetic    scenes made on the spot, no data needed; ResNet-18, minutes on a CPU
   camvid       DFN-R101 from scratch, 352 x 480
   voc          DFN-R101 on VOC 2012 with SBD's labels, 512 x 512
   cityscapes   DFN-R101, 800 x 800
-A recipe's network and numbers serve other data too: `camvid --data folder --root photos/`.
+A recipe's network and numbers suit other data too: `camvid --data folder --root photos/`.
 
 examples:
   python -m dfn_fast.train
@@ -26,13 +26,13 @@ examples:
   torchrun --nproc_per_node=8 -m dfn_fast.train voc --root VOCdevkit
 """
 
-# What may differ between a run and its continuation: it changes where and how fast, not what is computed.
+# Fields that a continuation may change: they decide where and how fast the run computes, not what.
 RESUMABLE = {"root", "workers", "device", "log_every", "val_every", "checkpoint_every", "tensorboard", "output_dir"}
 RESUMABLE |= {"memory", "cuda_graph", "fsdp", "allow_outside_root", "loader_timeout"}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The options given. ``--help`` shows the defaults of the recipe, preset or ``--config`` that stands beside it."""
+    """Parses the options. ``--help`` shows the defaults of the recipe, preset or ``--config`` given with it."""
     given = sys.argv[1:] if argv is None else argv
     if not {"-h", "--help"}.isdisjoint(given):
         rest = [word for word in given if word not in ("-h", "--help")]
@@ -43,7 +43,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def parser(defaults: TrainConfig | None = None) -> cli.Parser:
-    """The options: a group for each group of fields, in the order of the dataclass. Help shows ``defaults``."""
+    """Returns a parser with a group for each group of fields, in the dataclass's order. Help shows ``defaults``."""
     defaults = defaults or recipe("synthetic")
     result = cli.Parser(
         prog="python -m dfn_fast.train",
@@ -53,10 +53,10 @@ def parser(defaults: TrainConfig | None = None) -> cli.Parser:
         epilog=EPILOG,
     )
     result.add_argument("recipe", nargs="?", metavar="RECIPE", help=f"{', '.join(RECIPES)} (default: synthetic)")
-    result.add_argument("--preset", choices=PRESETS, help="the recipe's numbers: the paper's (default) or TorchSeg's")
-    result.add_argument("--config", metavar="FILE", help="start from the config.json of another run, not from a recipe")
+    result.add_argument("--preset", choices=PRESETS, help="numbers of the recipe: the paper's (default) or TorchSeg's")
+    result.add_argument("--config", metavar="FILE", help="start from the config.json of another run, not a recipe")
     result.add_argument("--resume", action="store_true", help="continue the run in --output-dir (default: the newest)")
-    result.add_argument("--stop-after", type=int, metavar="N", help="save and leave after iteration N of the run")
+    result.add_argument("--stop-after", type=int, metavar="N", help="save and exit after iteration N of the run")
     result.add_argument(
         "--profile", action="store_true", help="show where the time of a few steps goes, and write trace.json.gz"
     )
@@ -120,7 +120,7 @@ def _base(arguments: argparse.Namespace) -> TrainConfig:
 
 
 def resumed_config(saved: TrainConfig, arguments: argparse.Namespace) -> TrainConfig:
-    """The saved configuration with what may change in a continuation; anything else given and different is an error."""
+    """The saved configuration with the given options. Raises :class:`ConfigError` if one would change the result."""
     given = overrides(arguments)
     for name, value in given.items():
         if name not in RESUMABLE and value != getattr(saved, name):

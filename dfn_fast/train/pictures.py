@@ -18,10 +18,10 @@ Row = tuple[np.ndarray, np.ndarray | None, np.ndarray | None, np.ndarray | None]
 
 
 def prediction_sheet(rows: Sequence[Row], classes: Sequence[str], palette: np.ndarray, path: str | Path) -> None:
-    """Writes a picture with a row for each (image, truth, prediction, border), and below them a legend of what is seen.
+    """Writes a picture with a row for each (image, truth, prediction, border), and a legend of the classes in them.
 
     Images are RGB uint8, truth and prediction ``[H, W]`` class ids (255: ignored, white), border ``[H, W]``
-    probabilities; all but the image may be None, and a column of nothing else is left out.
+    probabilities. All but the image may be None; a column with nothing else is left out.
     """
     from matplotlib.figure import Figure
 
@@ -52,7 +52,7 @@ def prediction_sheet(rows: Sequence[Row], classes: Sequence[str], palette: np.nd
 
 
 def _seen_classes(rows: Sequence[Row], classes: Sequence[str], palette: np.ndarray) -> tuple[list[str], np.ndarray]:
-    """Names and colours of the classes in the rows' truths and predictions, and of "ignored" where a truth has it."""
+    """Names and colours of the classes in the rows' truths and predictions, and of "ignored" if 255 occurs."""
     seen = {int(value) for row in rows for labels in row[1:3] if labels is not None for value in np.unique(labels)}
     ids = sorted(seen - {IGNORE})
     names, colours = [classes[i] for i in ids], palette[ids]
@@ -75,8 +75,8 @@ def _draw_cell(axes: "Axes", values: np.ndarray | None, title: str, palette: np.
 def plot_curves(metrics: Sequence[dict[str, Any]], path: str | Path) -> None:
     """Writes the curves of a run: loss and learning rate by iteration, validation mIoU by epoch.
 
-    ``metrics`` are records with ``iteration`` or ``epoch``, and any of ``loss``, ``lr`` and ``mean_iou``; a value that
-    is missing, None or nan is left out. The loss is drawn as it is, pale, and as a running mean.
+    ``metrics`` are records with ``iteration`` or ``epoch``, and any of ``loss``, ``lr`` and ``mean_iou``. Values that
+    are missing, None or nan are left out. The loss is drawn twice: raw, in a pale line, and as a running mean.
     """
     from matplotlib.figure import Figure
 
@@ -106,7 +106,7 @@ def plot_curves(metrics: Sequence[dict[str, Any]], path: str | Path) -> None:
 
 
 def series(metrics: Sequence[dict[str, Any]], x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
-    """The values of two fields, over the records that have both, as float64; nan and infinite ones are left out."""
+    """Two fields as float64, from the records that have both; a record whose ``y`` is not finite is left out."""
     pairs = [(r[x], r[y]) for r in metrics if r.get(x) is not None and r.get(y) is not None]
     xs, ys = np.array(pairs, np.float64).reshape(-1, 2).T
     known = np.isfinite(ys)
@@ -114,7 +114,7 @@ def series(metrics: Sequence[dict[str, Any]], x: str, y: str) -> tuple[np.ndarra
 
 
 def running_mean(values: np.ndarray) -> np.ndarray:
-    """The mean over a twentieth of the values around each, three at least; cut at the ends."""
+    """The mean around each value over a twentieth of all, at least three; the window is cut at the ends."""
     half = max(len(values) // 40, 1)
     return np.array([values[max(i - half, 0) : i + half + 1].mean() for i in range(len(values))])
 

@@ -1,11 +1,11 @@
-"""How far a run is: its position, and the random generators, whose state it continues from bit by bit."""
+"""How far a training run has got."""
 
 from dataclasses import dataclass, field
 
 
 @dataclass
 class Position:
-    """How far a run is: what a checkpoint keeps besides the trainer's state."""
+    """How far a run has got: the part of a checkpoint that is not the trainer's state."""
 
     epoch: int = 0
     step: int = 0  # optimiser steps done in this epoch
@@ -15,5 +15,5 @@ class Position:
     best_mean_iou: float = -1.0
     last_mean_iou: float = -1.0
     per_class_iou: list[float] = field(default_factory=list)
-    skipped_steps: int = 0  # in the run, as their gradients overflowed fp16
+    skipped_steps: int = 0  # in the run, because their gradients overflowed in fp16
     skipped_in_a_row: int = 0  # up to now

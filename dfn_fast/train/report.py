@@ -22,19 +22,19 @@ SHEET_ROWS = 4
 
 
 def _predictor_of(trainer: Trainer, network: ReferenceDFN) -> Predictor:
-    """``network``, at one scale, no flip, whole images, in the precision of the training."""
+    """A predictor with ``network``: one scale, no flip, whole images, the precision of training."""
     amp = {torch.bfloat16: "bf16", torch.float16: "fp16", None: "off"}[trainer.amp]
     return Predictor(network, device=trainer.device, amp=amp)
 
 
 def validate(trainer: Trainer, dataset: SegmentationDataset, stop: StopRequest) -> Report:
-    """Metrics of the network as it stands. Raises ``Stopped`` between two images on request."""
+    """Measures the current network. Raises ``Stopped`` between two images on request."""
     predictor = _predictor_of(trainer, trainer.network())
     return evaluate(predictor, dataset, boundary=False, on_image=stop.raise_if_requested, world=trainer.world)
 
 
 def draw(trainer: Trainer, network: ReferenceDFN, dataset: SegmentationDataset, folder: RunFolder) -> None:
-    """curves.png, and predictions.png for a few images spread over the split."""
+    """Writes curves.png, and predictions.png with a few images spread over the split."""
     with naming(folder.path / "curves.png"):
         plot_curves(folder.metrics(), folder.path / "curves.png")
     predictor = _predictor_of(trainer, network)
@@ -50,7 +50,7 @@ def draw(trainer: Trainer, network: ReferenceDFN, dataset: SegmentationDataset, 
 def summarise(
     trainer: Trainer, position: Position, dataset: SegmentationDataset, images_per_second: float, checkpoint: str
 ) -> dict[str, Any]:
-    """The content of summary.json; mIoU as fractions, seconds of training without validation."""
+    """The content of summary.json. mIoU is a fraction; seconds are of training, without validation."""
     return {
         "best_mean_iou": position.best_mean_iou,
         "last_mean_iou": position.last_mean_iou,
@@ -73,7 +73,7 @@ def summarise(
 
 
 class TensorBoard:
-    """Scalars to TensorBoard where the run asks for it; a context manager that closes the file."""
+    """Writes scalars to TensorBoard if ``enabled``. A context manager that closes the file."""
 
     def __init__(self, folder: Any, enabled: bool):
         self.writer = None
@@ -81,11 +81,11 @@ class TensorBoard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
-                raise ConfigError("--tensorboard needs the package: pip install tensorboard") from error
+                raise ConfigError("--tensorboard needs a package; run pip install tensorboard") from error
             self.writer = SummaryWriter(str(folder))
 
     def add(self, record: dict[str, Any]) -> None:
-        """Every number of a line of metrics.jsonl."""
+        """Adds every float of a record of metrics.jsonl."""
         if self.writer is not None:
             for name, value in record.items():
                 if isinstance(value, float):

@@ -1,4 +1,4 @@
-"""A training run from its position on: the loop over epochs, with its metrics, validation and checkpoints."""
+"""A training run: the loop over epochs from its position, with metrics, validation and checkpoints."""
 
 import dataclasses
 import math
@@ -32,8 +32,10 @@ from dfn_fast.trainer.trainer import Trainer
 
 
 class Run:
-    """One training run: its parts, and the loop that moves its position. In a ``world`` of several processes all go
-    through the same positions, and the first alone shows and writes."""
+    """One training run: its parts, and the loop that moves its position.
+
+    In a ``world`` of several processes all go through the same positions, and only the first prints and writes.
+    """
 
     def __init__(
         self,
@@ -79,18 +81,25 @@ class Run:
         self.trainer = Trainer(model, config, self.iterations, self.device, world)
         self.position = Position()
         self.profiler: StepProfiler | None = None
-        # On a CPU the loss is there at once; on a GPU reading it waits for the device.
+        # On a CPU the loss is ready at once; on a GPU reading it waits for the device.
         self.read_every = 1 if self.device.type == "cpu" else config.log_every
 
     def profile_steps(self) -> None:
-        """Asks :meth:`train` to profile a few steps on its way."""
+        """Makes :meth:`train` profile a few of its steps."""
         whole = self.trainer.compiled or self.config.cuda_graph
         self.profiler = StepProfiler(self.folder.path, self.device, regions=not whole)
 
     def train(self) -> None:
-        """All that is left of the run, from its position on. Raises :class:`Stopped` on request, with all saved.
+        """Trains from the position to the end of the run::
 
-        The first checkpoint is that of the start: from here on there is one, and a folder that cannot hold it shows.
+            save last.pth, if this is the start
+            for epoch in the remaining epochs:
+                for batches of a step: loss = trainer.step(batches); now and then read the losses, log, save
+                validate, every val_every epochs and after the last; keep the best
+                save last.pth
+
+        The save at the start fails early if the folder cannot be written. From then on there is always a checkpoint.
+        Raises :class:`Stopped` on request, after saving.
         """
         if self.position.iteration == 0:
             self.save(self.folder.last)
@@ -115,7 +124,7 @@ class Run:
             self.profiler.close()
 
     def train_epoch(self, bar: tqdm, board: TensorBoard) -> None:
-        """The rest of the current epoch."""
+        """Trains the rest of the current epoch."""
         position, accumulate = self.position, self.config.accumulate
         watch = LossWatch(self.trainer, position)
         batches = on_device(self.loader.epoch(position.epoch, position.step * accumulate), self.device)
@@ -135,7 +144,7 @@ class Run:
             log = position.iteration % self.config.log_every == 0
             save = position.iteration % self.config.checkpoint_every == 0
             read = end or last or log or save or position.iteration % self.read_every == 0
-            # Several processes leave together: they ask each other where they wait for the device anyway.
+            # Several processes must stop together. They ask each other only when they wait for the device anyway.
             asked = (read or self.world.size == 1) and self.world.any(self.stop.requested)
             leaving = end or asked
             if self.profiler is not None:
@@ -164,7 +173,7 @@ class Run:
         bar.set_postfix_str(f"loss {loss:.3f}, lr {self.trainer.lr:.2e}, {speed}")
 
     def skipped_text(self) -> str:
-        """For people: how many steps fp16 has cost so far."""
+        """How many steps fp16 has skipped so far, as text for the progress line."""
         return f", {self.position.skipped_steps} steps skipped" if self.position.skipped_steps else ""
 
     def log_step(self, loss: float, board: TensorBoard) -> None:
@@ -180,7 +189,7 @@ class Run:
         self.log(record, board)
 
     def log(self, record: dict[str, Any], board: TensorBoard) -> None:
-        """A line of metrics.jsonl, and its numbers for TensorBoard."""
+        """Writes ``record`` to metrics.jsonl and its floats to TensorBoard."""
         if self.world.is_first:
             self.folder.log(record)
             board.add(record)
@@ -192,7 +201,7 @@ class Run:
         return f"{done}  {self.images_per_second:6.1f} images/s{self.skipped_text()}"
 
     def validate(self, bar: tqdm, board: TensorBoard) -> None:
-        """mIoU on the validation split at one scale; the best so far is kept as best.pth."""
+        """Measures mIoU on the validation split at one scale. Saves the best network so far as best.pth."""
         position = self.position
         report = validate(self.trainer, self.val_set, self.stop)
         position.last_mean_iou, position.per_class_iou = report.mean_iou, list(report.per_class_iou)
@@ -214,9 +223,9 @@ class Run:
             self.save(self.folder.best)
 
     def save(self, path: Path) -> None:
-        """A checkpoint: everything that the run needs to continue, and that others need to use the network."""
+        """Writes a checkpoint with everything needed to continue the run, and to use the network elsewhere."""
         self.trainer.require_finite_weights(self.position.iteration)
-        if not self.world.is_first and not self.config.fsdp:  # whose shards all processes gather together
+        if not self.world.is_first and not self.config.fsdp:  # FSDP's shards are gathered by all processes
             return
         data = self.train_set
         settings = {"num_classes": data.num_classes, **self.config.network_arguments()}
@@ -238,7 +247,7 @@ class Run:
             save_atomic(content, path)
 
     def resume(self) -> None:
-        """Continues from last.pth or the one before; a run that was killed before its first begins anew."""
+        """Continues from last.pth or previous.pth; a run without a checkpoint yet starts from the beginning."""
         content = self.folder.read_last()
         if content is not None:
             self.load(content)
@@ -246,7 +255,7 @@ class Run:
             self.folder.forget_after(self.position.iteration, self.position.epoch)
 
     def load(self, content: dict[str, Any]) -> None:
-        """Takes trainer and position from a checkpoint. Raises :class:`CheckpointError` for another network's."""
+        """Loads trainer and position from a checkpoint. Raises :class:`CheckpointError` if it is of another network."""
         try:
             self.trainer.load_state(content)
             self.position = Position(**content["position"])
@@ -258,5 +267,5 @@ class Run:
             path = self.folder.last if self.folder.last_is_whole else self.folder.previous
             raise CheckpointError(
                 f"{path}: this is not the checkpoint of a run of this network "
-                f"({type(error).__name__}: {shortened(str(error))}); continue from a copy of it, or use --weights"
+                f"({type(error).__name__}: {shortened(str(error))}); restore the run's own checkpoint, or use --weights"
             ) from error
