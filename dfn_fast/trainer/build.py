@@ -21,12 +21,12 @@ from dfn_fast.trainer.parallel import norm_layer
 
 
 def compiles(config: TrainConfig, device: torch.device) -> bool:
-    """Whether steps are compiled; those of FSDP, which gathers weights in their midst, are not."""
+    """Whether steps are compiled. With FSDP they are not, because it gathers weights during a step."""
     return choose_compile(config.compile, device) and not config.fsdp
 
 
 def build_model(config: TrainConfig, num_classes: int, world: World = ALONE) -> ReferenceDFN:
-    """The network of ``config``, with ImageNet or DFN weights where it asks for them."""
+    """Builds the network of ``config``, with ImageNet or DFN weights if it names them."""
     focal = SigmoidFocalLoss(config.focal_alpha, config.focal_gamma, torchseg=config.focal == "torchseg")
     network = FastDFN if config.model == "fast" else ReferenceDFN
     device = choose_device(config.device, world)
@@ -49,7 +49,7 @@ def build_model(config: TrainConfig, num_classes: int, world: World = ALONE) -> 
 
 
 def parameter_groups(model: ReferenceDFN, config: TrainConfig) -> list[dict[str, Any]]:
-    """Groups for SGD: backbone and new layers, each with its weights apart from its norm layers and biases."""
+    """The groups of SGD: weights of the backbone, its norm layers and biases, then the same of the new layers."""
     groups = []
     for modules, factor in (([model.backbone], 1.0), (model.business_layer, config.new_layer_lr)):
         weights: list[Tensor] = []
@@ -65,32 +65,32 @@ def parameter_groups(model: ReferenceDFN, config: TrainConfig) -> list[dict[str,
 
 
 def poly(iteration: int, iterations: int, power: float) -> float:
-    """The poly policy's factor of the learning rate at ``iteration`` (from 0)."""
+    """The poly policy's factor on the learning rate at ``iteration`` (from 0)."""
     return (1 - iteration / iterations) ** power
 
 
 def require_possible(config: TrainConfig, world: World) -> None:
-    """Raises :class:`ConfigError` where an option does not go with the number of processes."""
+    """Raises :class:`ConfigError` if an option does not suit the number of processes."""
     if config.fsdp and world.size == 1:
         raise ConfigError(
-            "--fsdp deals weights out to several processes, and this is one; start it with torchrun, or add --no-fsdp"
+            "--fsdp shards weights over several processes, but this is one; start it with torchrun, or add --no-fsdp"
         )
     if config.cuda_graph and world.size > 1:
-        raise ConfigError("--cuda-graph records the work of one process alone; leave it out with several")
+        raise ConfigError("--cuda-graph records the work of one process only; leave it out with several")
 
 
 class TrainingLoss(nn.Module):
-    """The forward pass of a step as one function, which ``torch.compile`` makes one graph of.
+    """The forward pass of a step as one function, which ``torch.compile`` turns into one graph.
 
     uint8 images ``[B, 3, H, W]``, labels and border targets ``[B, H, W]`` -> the loss, a scalar; ``shares``: see
-    :func:`dfn_fast.network.losses.dfn_loss`. ``dtype`` is that of the normalised images, the one that autocast would
-    convert them to anyway.
+    :func:`dfn_fast.network.losses.dfn_loss`. ``dtype`` is that of the normalised images: autocast would convert
+    them to it anyway.
     """
 
     def __init__(self, model: ReferenceDFN, device: torch.device, dtype: torch.dtype):
         super().__init__()
         self.model, self.dtype = model, dtype
-        # Inputs of the compiled graph: built inside it they would be copied to the device, waiting, at every step.
+        # Inputs of the compiled graph. Built inside it, they would be copied to the device, with a wait, at every step.
         self.constants = scale_and_shift(device, torch.float64 if dtype == torch.float64 else torch.float32)
 
     def forward(self, images: Tensor, labels: Tensor, borders: Tensor, shares: Tensor | None = None) -> Tensor:
@@ -98,8 +98,8 @@ class TrainingLoss(nn.Module):
 
 
 def compile_loss(loss: TrainingLoss) -> nn.Module:
-    """``loss`` compiled for one shape of batch, as a single graph: a break in it would be an error."""
-    # Without it Inductor leaves channels_last where any 3x3 convolution has half as many outputs as inputs or fewer, as
-    # the composed convolution of a head does.
+    """Compiles ``loss`` for one batch shape as a single graph. A graph break is an error."""
+    # Without this, Inductor gives up channels_last if any 3x3 convolution has at most half as many outputs as inputs.
+    # The composed convolution of a head does.
     options = inductor_options(force_layout_optimization=True)
     return torch.compile(loss, fullgraph=True, dynamic=False, options=options)  # type: ignore[return-value]

@@ -9,13 +9,13 @@ from dfn_fast.errors import UserError
 
 
 class NonFiniteLoss(UserError):
-    """A loss, gradient or weight is nan or infinite; the text says which, since which iteration, and what to try."""
+    """A loss, gradient or weight is nan or infinite. The text says which, since which iteration, and what to try."""
 
 
 class Gradients(NamedTuple):
-    """What is kept of a step's gradients."""
+    """Which gradients of a step are finite."""
 
-    names: list[str]  # of the parameters that have one
+    names: list[str]  # parameters that have a gradient
     finite: Tensor  # [P] bool, on the device
 
 

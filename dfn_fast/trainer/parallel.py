@@ -16,7 +16,7 @@ from dfn_fast.runtime.processes import World
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over all processes; each one's gradient is the sum of all gradients."""
+    """The sum over all processes. The gradient of each input is the sum of the gradients in all processes."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -32,10 +32,10 @@ class _Sum(torch.autograd.Function):
 
 
 class SyncBatchNorm(_BatchNorm):
-    """Batch norm over the batches of all processes, each of which has as many values: ``nn.SyncBatchNorm`` in plain
-    PyTorch, for CPUs, which that refuses, and for ``torch.compile``, which cannot take that whole.
+    """Batch norm over the batches of all processes, which must be of equal size. ``[B, C, H, W]``.
 
-    ``[B, C, H, W]``; statistics are float32 or better.
+    It is ``nn.SyncBatchNorm`` in plain PyTorch: that one refuses CPUs and cannot be compiled as one graph. Statistics
+    are float32 or better.
     """
 
     def _check_input_dim(self, x: Tensor) -> None:
@@ -49,7 +49,7 @@ class SyncBatchNorm(_BatchNorm):
         rank, size = dist.get_rank(), dist.get_world_size()
         features = x if x.dtype == torch.float64 else x.float()
         own_variance, own_mean = torch.var_mean(features, (0, 2, 3), correction=0)
-        # A row for each process: no mean of squares, whose difference to the square of the mean would lose digits.
+        # A row for each process. A mean of squares, minus the square of the mean, would lose digits.
         own = F.pad(torch.stack([own_mean, own_variance])[None], (0, 0, 0, 0, rank, size - 1 - rank))
         means, variances = _Sum.apply(own).unbind(1)
         mean, variance = means.mean(0), variances.mean(0) + means.var(0, correction=0)
@@ -75,14 +75,16 @@ def norm_layer(world: World, native: bool = False) -> Callable[[int], nn.Module]
 
 
 def valid_shares(world: World, labels: Tensor, targets: Tensor, ignore_index: int = 255) -> Tensor:
-    """``[2]`` float32: what this process's means over the valid pixels of ``labels`` and of border ``targets`` must be
-    multiplied with, so that the mean over processes is the mean over the valid pixels of all of them."""
+    """Factors for this process's means over the valid pixels of ``labels`` and of border ``targets``, ``[2]`` float32.
+
+    With them the mean over processes is the mean over the valid pixels of all processes.
+    """
     own = torch.stack([(x != ignore_index).sum() for x in (labels, targets)]).double()
     return (own * world.size / world.sum(own.clone()).clamp(min=1)).float()
 
 
 def unused_parameters(model: ReferenceDFN) -> list[nn.Parameter]:
-    """Parameters that no loss depends on. They never get a gradient, so nothing may wait for one."""
+    """Parameters that no loss depends on. They never get a gradient, so nothing may wait for it."""
     if not model.has_border:
         return []
     whole: list[nn.Module] = [model.border_pre_rrbs, model.border_aft_rrbs, model.border_heads]
@@ -91,22 +93,22 @@ def unused_parameters(model: ReferenceDFN) -> list[nn.Parameter]:
 
 
 def data_parallel(loss: nn.Module, model: ReferenceDFN) -> DistributedDataParallel:
-    """``loss``, of ``model``, with gradients that are averaged over all processes while the backward pass runs."""
+    """Wraps ``loss``, of ``model``, to average gradients over all processes while the backward pass runs."""
     unused = {id(parameter) for parameter in unused_parameters(model)}
     ignored = [name for name, parameter in loss.named_parameters() if id(parameter) in unused]
-    # Buffers are running statistics of the whole batch, the same everywhere: nobody needs another's.
+    # Buffers are running statistics of the whole batch and equal in all processes, so none are sent.
     ignored += [name for name, _ in loss.named_buffers()]
-    # A 1x1 weight that is channels_last has other strides than its gradient, but the same memory.
+    # A 1x1 weight in channels_last has other strides than its gradient, but the same order in memory.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view")
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(loss, ignored)
     return DistributedDataParallel(loss, gradient_as_bucket_view=True)
 
 
 def shard(model: ReferenceDFN) -> None:
-    """FSDP, in place: each block of the backbone, and all the rest, is whole only while it is at work.
+    """Shards ``model`` in place with FSDP: each block of the backbone, and the rest, is whole only while it runs.
 
-    The rest is one: FastDFN reads the weights of RRBs and heads outside the ``forward`` of these modules, where nothing
-    would gather them.
+    The rest is one unit, because FastDFN reads the weights of RRBs and heads outside the ``forward`` of these modules,
+    where nothing would gather them.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -120,7 +122,7 @@ def shard(model: ReferenceDFN) -> None:
 
 
 def shard_like(whole: Tensor, parameter: Tensor) -> Tensor:
-    """This process's shard of ``whole``, which all have; itself where ``parameter`` is not sharded."""
+    """This process's shard of ``whole``, which all processes hold; ``whole`` if ``parameter`` is not sharded."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     if not isinstance(parameter, DTensor):
@@ -129,13 +131,15 @@ def shard_like(whole: Tensor, parameter: Tensor) -> Tensor:
 
 
 def local(x: Tensor) -> Tensor:
-    """What this process has of a tensor: its shard, or all of it."""
+    """This process's part of a tensor: its shard, or all of it."""
     return x.to_local() if hasattr(x, "to_local") else x
 
 
 def gathered(value: Any, keep: bool = True) -> Any:
-    """``value`` with whole tensors on the CPU in place of shards. All processes must ask; one that does not ``keep``
-    them gets None in their place."""
+    """Replaces the shards in ``value`` by whole tensors on the CPU, or by None if not ``keep``.
+
+    All processes must call it together.
+    """
     if not (dist.is_available() and dist.is_initialized()):
         return value
     from torch.distributed.tensor import DTensor
@@ -149,15 +153,17 @@ def gathered(value: Any, keep: bool = True) -> Any:
 
 
 def sharded_state(model: nn.Module, everywhere: bool = False) -> dict[str, Any]:
-    """The whole state dict of a sharded model. All processes must ask: the first gets it on the CPU and the others
-    nothing, or all of them ``everywhere`` on their devices."""
+    """The whole state dict of a sharded model. All processes must call it together.
+
+    The first gets it on the CPU and the others nothing; with ``everywhere`` each gets it on its own device.
+    """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=not everywhere))
 
 
 def load_sharded_state(model: nn.Module, state: dict[str, Any]) -> None:
-    """Loads a whole state dict, which all processes have, into a sharded model."""
+    """Loads a whole state dict, which all processes hold, into a sharded model."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
     set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True))

@@ -36,11 +36,11 @@ class Trainer:
     """Network, optimiser and scaler on a device, and one optimiser step as a call.
 
     ``step(batches)`` averages the gradients of ``config.accumulate`` batches and returns their mean loss, a scalar on
-    the device: reading it is the caller's choice. Nothing in a step waits for the device. ``gradients`` tells which of
-    the last step's were finite.
+    the device, which the caller may read later. Nothing in a step waits for the device. ``gradients`` tells which
+    gradients of the last step were finite.
 
-    In a ``world`` of several processes each has its slice of every batch, and the loss of a step is the mean of what
-    they return.
+    In a ``world`` of several processes each gets its slice of every batch, and the loss of a step is the mean of the
+    losses that they return.
     """
 
     def __init__(
@@ -59,15 +59,15 @@ class Trainer:
         self.compiled = compiles(config, device)
         if config.fsdp:
             self.bare = copy.deepcopy(self.model).to("meta")  # the network without its weights
-            shard(self.model)  # which wants weights in their plain memory format
+            shard(self.model)  # FSDP needs weights in the plain memory format
         elif config.channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         loss = TrainingLoss(self.model, device, self.amp or torch.float32)
         self.loss: nn.Module = compile_loss(loss) if self.compiled else loss
         if world.size > 1 and not config.fsdp:
             self.loss = data_parallel(self.loss, self.model)
-        # Fused: one pass over weights, gradients and momenta, and no waiting for the scaler's verdict in fp16.
-        fused = device.type in ("cuda", "cpu") and not config.fsdp  # which fused SGD does not know
+        # Fused: one pass over weights, gradients and momenta, and no wait for the scaler's verdict in fp16.
+        fused = device.type in ("cuda", "cpu") and not config.fsdp  # fused SGD does not support it
         self.update = {"fused": True} if fused else {"foreach": True}
         self.optimizer = torch.optim.SGD(
             parameter_groups(self.model, config),
@@ -85,7 +85,7 @@ class Trainer:
             self.graph = GraphedStep(self.forward_backward, SideStream(device), capture)
 
     def step(self, batches: Sequence[Batch], iteration: int) -> Tensor:
-        """One optimiser step, number ``iteration`` (from 0) of the run."""
+        """Takes one optimiser step, number ``iteration`` (from 0) of the run, and returns its loss."""
         self.model.train()
         self.set_lr(iteration)
         run = self.graph or self.forward_backward
@@ -104,14 +104,16 @@ class Trainer:
         return torch.stack(losses).mean()
 
     def look_at_gradients(self) -> Gradients:
-        """Which gradients are finite, by their norms: a sum over all elements that keeps what is not."""
+        """Which gradients are finite, by their norms: one nan or infinite element makes the whole norm so."""
         named = [(name, local(p.grad)) for name, p in self.named_parameters if p.grad is not None]
         norms = torch._foreach_norm([gradient for _, gradient in named])
         return Gradients([name for name, _ in named], torch.isfinite(torch.stack(norms)))
 
     def start_momenta(self) -> None:
-        """Momenta of 0, which make the first step what it is without. The fused update would allocate them, leave them
-        as they are where that step is skipped, and take them for the step's momenta in the next.
+        """Sets the momenta to 0, which does not change the first step.
+
+        The fused update would allocate them uninitialised, leave them so if that step is skipped, and use them in the
+        next.
         """
         if self.config.momentum:
             for _, p in self.named_parameters:
@@ -119,7 +121,7 @@ class Trainer:
                     self.optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
 
     def forward_backward(self, images: Tensor, labels: Tensor, borders: Tensor) -> Tensor:
-        """The loss of a batch, and its share of the step's gradients."""
+        """Returns the loss of a batch, and computes its share of the step's gradients."""
         with self.autocast():
             loss = self.loss(images, labels, borders, *self.shares(labels, borders))
         with region("backward"):
@@ -127,21 +129,21 @@ class Trainer:
         return loss.detach()
 
     def shares(self, labels: Tensor, borders: Tensor) -> tuple[Tensor, ...]:
-        """What the losses of this process's slice count in those of the batch; nothing where it is the batch."""
+        """The factors of this process's losses in those of the batch; nothing if there is only one process."""
         if self.world.size == 1:
             return ()
         shares = valid_shares(self.world, labels, borders)
         if self.config.focal == "torchseg":
-            shares[1] = 1.0  # a mean over all pixels, of which every process has as many
+            shares[1] = 1.0  # a mean over all pixels, as many in every process
         return (shares,)
 
     def averaging(self, last: bool) -> contextlib.AbstractContextManager:
-        """Gradients of several passes are added up first, and averaged over the processes in the ``last`` one."""
+        """Averages gradients over the processes in the ``last`` pass of a step; earlier passes only add them up."""
         parallel = isinstance(self.loss, DistributedDataParallel)
         return self.loss.no_sync() if parallel and not last else contextlib.nullcontext()  # type: ignore[operator]
 
     def execution(self) -> dict[str, Any]:
-        """How the steps run, all choices made: for the record."""
+        """How the steps run, with all automatic choices made, for summary.json."""
         return {
             "model": self.network_name,
             "amp": {torch.bfloat16: "bf16", torch.float16: "fp16", None: "off"}[self.amp],
@@ -154,7 +156,7 @@ class Trainer:
         }
 
     def description(self) -> str:
-        """:meth:`execution` as a line for people."""
+        """:meth:`execution` as a readable line."""
         chosen = self.execution()
         parts = [f"{chosen['model']} on {self.device}", "float32" if self.amp is None else f"{chosen['amp']} autocast"]
         parts += [name for name in ("channels_last", "cuda_graph") if chosen[name]]
@@ -167,7 +169,7 @@ class Trainer:
         return torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None)
 
     def set_lr(self, iteration: int) -> None:
-        """The poly policy, for every group."""
+        """Sets the learning rate of every group by the poly policy."""
         for group in self.optimizer.param_groups:
             factor = poly(iteration, self.iterations, self.config.power)
             group["lr"] = self.config.lr * group["lr_factor"] * factor
@@ -178,8 +180,9 @@ class Trainer:
         return self.optimizer.param_groups[0]["lr"]
 
     def require_finite_weights(self, iteration: int) -> None:
-        """Raises :class:`NonFiniteLoss`, in all processes alike, where a weight, or a statistic of a norm layer, is nan
-        or infinite: such a network is never saved.
+        """Raises :class:`NonFiniteLoss`, in all processes, if a weight or a statistic of a norm layer is not finite.
+
+        Such a network is never saved.
         """
         tensors = {name: local(x) for name, x in self.model.state_dict().items() if x.is_floating_point()}
         finite = torch.isfinite(torch.stack(torch._foreach_norm(list(tensors.values()))))
@@ -192,8 +195,10 @@ class Trainer:
             )
 
     def network(self, state: dict[str, Tensor] | None = None) -> ReferenceDFN:
-        """The whole network, for inference: with the weights ``state``, or as it stands, for which all processes of a
-        sharded one must ask."""
+        """The whole network, for inference, with the weights ``state`` or else its current ones.
+
+        All processes must call it together for the current weights of a sharded network.
+        """
         if not self.config.fsdp:
             if state is not None:
                 self.model.load_state_dict(state)
@@ -203,13 +208,13 @@ class Trainer:
         return network.to(self.device)
 
     def advice(self) -> str:
-        """What the steps were made with, and what to change where they end in nan or infinity."""
+        """The learning rate and loss scale in use, and what to change if the loss is not finite."""
         scale = f", the scale of the loss {self.scaler.get_scale():g}" if self.scaler.is_enabled() else ""
         wider = {torch.float16: ", or use --amp bf16", torch.bfloat16: ", or use --amp off", None: ""}[self.amp]
         return f"the learning rate was {self.lr:.2e}{scale}: lower --lr{wider}"
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the trainer: the same with FSDP, whose shards all processes gather together."""
+        """The trainer's part of a checkpoint, the same with FSDP, where all processes must call it together."""
         model = sharded_state(self.model) if self.config.fsdp else self.model.state_dict()
         return {
             "model": {name: tensor.contiguous() for name, tensor in model.items()},
@@ -226,10 +231,10 @@ class Trainer:
             self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         for group in self.optimizer.param_groups:
-            group.update({"fused": None, "foreach": None, **self.update})  # the file says how it was updated before
+            group.update({"fused": None, "foreach": None, **self.update})  # the file has the old run's settings
         for parameter, kept in self.optimizer.state.items():
             momentum = kept.get("momentum_buffer")
-            if momentum is not None:  # a fused update takes both for memory of the same order
+            if momentum is not None:  # a fused update assumes the same order in memory for both
                 kept["momentum_buffer"] = torch.empty_like(parameter).copy_(shard_like(momentum, parameter))
         self.scaler.load_state_dict(state["scaler"])
         set_random_state(state["random"])
