@@ -32,29 +32,33 @@ def parser() -> cli.Parser:
         "boundary F-score.",
         epilog=EXAMPLES,
     )
-    result.add_argument("checkpoint", metavar="CHECKPOINT", help="of ours, of DFN's authors, or safetensors")
+    result.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="a checkpoint of ours or of DFN's authors, or safetensors"
+    )
     data = result.add_argument_group("data")
     data.add_argument(
-        "--data", choices=tuple(DATASETS), metavar="NAME", help=f"{', '.join(DATASETS)} (default: trained on)"
+        "--data", choices=tuple(DATASETS), metavar="NAME", help=f"{', '.join(DATASETS)} (default: as in training)"
     )
-    data.add_argument("--root", metavar="DATA", help="the data set's folder; `python -m dfn_fast.data list` shows it")
-    data.add_argument("--split", metavar="SPLIT", help="default: the data set's validation split")
-    data.add_argument("--num-classes", type=int, metavar="N", help="of folder or list data (default: the checkpoint's)")
-    data.add_argument("--classes", metavar="FILE", help="class names of folder or list data, one a line")
-    data.add_argument("--allow-outside-root", action="store_true", help="let lists name files not below --root")
-    data.add_argument("--seed", type=int, default=0, metavar="N", help="of synthetic scenes (default: 0)")
-    data.add_argument("--limit", type=int, metavar="N", help="the first N images alone")
+    data.add_argument("--root", metavar="DATA", help="folder of the data set; see `python -m dfn_fast.data list`")
+    data.add_argument("--split", metavar="SPLIT", help="split to measure on (default: the validation split)")
+    data.add_argument(
+        "--num-classes", type=int, metavar="N", help="classes of folder or list data (default: the checkpoint's)"
+    )
+    data.add_argument("--classes", metavar="FILE", help="file of class names of folder or list data, one per line")
+    data.add_argument("--allow-outside-root", action="store_true", help="let lists name files outside --root")
+    data.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the synthetic scenes (default: 0)")
+    data.add_argument("--limit", type=int, metavar="N", help="use only the first N images")
     add_inference_options(result)
-    result.add_argument("--deterministic", action="store_true", help="the same bits each time, slower on a GPU")
+    result.add_argument("--deterministic", action="store_true", help="give the same bits each time, slower on a GPU")
     metrics = result.add_argument_group("metrics")
     metrics.add_argument(
         "--no-boundary", action="store_true", help="leave out the boundary F-score, the slowest metric"
     )
     metrics.add_argument("--border", action="store_true", help="measure the Border Network too")
     metrics.add_argument(
-        "--border-width", type=int, metavar="N", help="of the border targets (default: as in training, or 7)"
+        "--border-width", type=int, metavar="N", help="width of the border targets (default: as in training, or 7)"
     )
-    metrics.add_argument("--json", type=Path, metavar="FILE", help="write the metrics, settings and versions there too")
+    metrics.add_argument("--json", type=Path, metavar="FILE", help="also write metrics, settings and versions to FILE")
     return result
 
 
@@ -63,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.limit is not None and arguments.limit < 1:
         raise ConfigError(f"--limit {arguments.limit}: expected at least 1 image")
     if arguments.json is not None and not arguments.json.parent.is_dir():
-        raise ConfigError(f"--json {arguments.json}: its folder does not exist; make it first")
+        raise ConfigError(f"--json {arguments.json}: its folder does not exist; create it first")
     if arguments.deterministic:
         choose_algorithms(True)
     with processes() as world:
@@ -72,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def report(arguments: argparse.Namespace, world: World) -> None:
-    """Measures what the options ask for, prints the report and writes it."""
+    """Measures the checkpoint, prints the report and, with ``--json``, writes it."""
     loaded = load_model(arguments.checkpoint, choose_device(arguments.device, world))
     predictor = predictor_from(arguments, loaded.model)
     if arguments.border and not loaded.model.has_border:
@@ -98,10 +102,10 @@ def report(arguments: argparse.Namespace, world: World) -> None:
 
 
 def _dataset_from(arguments: argparse.Namespace, loaded: LoadedModel) -> SegmentationDataset:
-    """The data set that the options name, of the checkpoint's classes."""
+    """The data set that the options name. Raises :class:`ConfigError` if its class count is not the checkpoint's."""
     name = arguments.data or loaded.dataset
     if name not in DATASETS:
-        raise ConfigError(f"--data is missing, and {arguments.checkpoint} does not say what it was trained on")
+        raise ConfigError(f"--data is missing, and {arguments.checkpoint} does not name the data set it was trained on")
     entry, num_classes = DATASETS[name], arguments.num_classes
     borrowed = (
         entry.free_classes
@@ -123,14 +127,14 @@ def _dataset_from(arguments: argparse.Namespace, loaded: LoadedModel) -> Segment
     if dataset.num_classes != loaded.model.num_classes:
         trained = f", trained on {loaded.dataset}" if loaded.dataset else ""
         raise ConfigError(
-            f"{arguments.checkpoint} has {loaded.model.num_classes} classes{trained}, data set {name!r} has "
-            f"{dataset.num_classes}; choose the data set that it was trained on with --data, or another checkpoint"
+            f"{arguments.checkpoint} has {loaded.model.num_classes} classes{trained}, but data set {name!r} has "
+            f"{dataset.num_classes}; choose the checkpoint's data set with --data, or another checkpoint"
         )
     if dataset.classes != loaded.classes:
         first = next(i for i, (a, b) in enumerate(zip(dataset.classes, loaded.classes, strict=True)) if a != b)
         print(
             f"note: class {first} is {dataset.classes[first]!r} in the data set and {loaded.classes[first]!r} in the "
-            "checkpoint; the numbers below mean little unless both are the same thing",
+            "checkpoint; the numbers below are meaningful only if both names mean the same class",
             file=sys.stderr,
         )
     return dataset

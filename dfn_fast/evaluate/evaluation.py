@@ -1,4 +1,4 @@
-"""How well a predictor does on a data set."""
+"""Measures how well a predictor does on a data set."""
 
 import time
 from collections.abc import Callable
@@ -29,21 +29,23 @@ def evaluate(
     on_image: Callable[[], None] | None = None,
     world: World = ALONE,
 ) -> Report:
-    """Predicts the images of a data set one by one and measures; memory does not grow with their number.
+    """Predicts the images of a data set one by one and measures the result. Memory does not grow with their number.
 
     Args:
         boundary: measures the boundary F-score too, which takes longer than the other metrics.
         border: measures the Border Network too, against targets of ``border_width``.
         limit: stops after the first ``limit`` images.
-        progress: shows a bar, where standard error is a terminal.
-        on_image: called after each image; what it raises ends the evaluation, ``Stopped`` in all processes.
-        world: the processes that share the images; each gets the report of all of them.
+        progress: shows a progress bar if standard error is a terminal.
+        on_image: called after each image. Its exceptions end the evaluation, and ``Stopped`` does so in all processes.
+        world: the processes that share the images; each gets the report on all images.
 
-    Raises :class:`ConfigError` where network and data set differ in their class count.
+    Raises :class:`ConfigError` if network and data set differ in their class count.
     """
     K = dataset.num_classes
     if predictor.model.num_classes != K:
-        raise ConfigError(f"the network has {predictor.model.num_classes} classes, data set {dataset.name!r} has {K}")
+        raise ConfigError(
+            f"the network has {predictor.model.num_classes} classes, but data set {dataset.name!r} has {K}"
+        )
     confusion, contours, borders = ConfusionMatrix(K), BoundaryFScore(K), BorderScore()
     images = min(len(dataset), limit or len(dataset))
     start, stopped = time.perf_counter(), False
@@ -83,12 +85,12 @@ def evaluate(
 
 
 def images_of(world: World, images: int) -> range:
-    """The images of this process: each belongs to one."""
+    """The indices of this process's images; each image belongs to one process."""
     return range(world.rank, images, world.size)
 
 
 def _add_up(world: World, confusion: ConfusionMatrix, contours: BoundaryFScore, borders: BorderScore) -> None:
-    """Puts what all processes have counted into each one's metrics, by one sum over them."""
+    """Adds up the counts of all processes, in one reduction, into the metrics of each."""
     if world.size == 1:
         return
     # float64 holds counts below 2^53 exactly.

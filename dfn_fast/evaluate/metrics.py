@@ -1,7 +1,7 @@
 """How good a segmentation is: IoU and accuracy, F-score of the contours, F-score of the Border Network.
 
-Each metric takes one image (or a batch of pixels) at a time with ``update`` and keeps sums alone: its memory does not
-grow with the data set. ``merge`` adds what another one has seen, so parts of a data set can be scored apart.
+Each metric takes one image (or a batch of pixels) at a time with ``update`` and keeps only sums: its memory does not
+grow with the data set. ``merge`` adds the sums of another, so parts of a data set can be scored separately.
 """
 
 import math
@@ -16,11 +16,11 @@ from dfn_fast.media.images import IGNORE
 
 
 class ConfusionMatrix:
-    """Pixel counts of a whole data set by label and prediction; mIoU comes from it, not from a mean over images.
+    """Pixel counts of a whole data set by label and prediction. mIoU comes from them, not from a mean over images.
 
     ``counts`` is ``[K, K + 1]`` int64: row = label, column = predicted class. The last column counts predictions that
-    are no class (255, K and above, negative): they are wrong for their label, and count for no other class. It lives
-    on the CPU, or where the tensors come from.
+    are not a class (255, K and above, negative): they are wrong for their label, and count for no other class. The
+    counts begin on the CPU and move to the device of the labels.
     """
 
     def __init__(self, num_classes: int):
@@ -28,9 +28,9 @@ class ConfusionMatrix:
         self.counts = torch.zeros(num_classes, num_classes + 1, dtype=torch.int64)
 
     def update(self, labels: np.ndarray | Tensor, predictions: np.ndarray | Tensor) -> None:
-        """Adds pixels: ``labels`` and ``predictions`` of one shape and any integer dtype; label 255 is left out.
+        """Adds the pixels of ``labels`` and ``predictions``, of one shape and any integer dtype; label 255 is ignored.
 
-        Raises ValueError where shapes or dtypes do not fit, or a label is neither a class nor 255.
+        Raises ValueError if the shapes differ, a dtype is not an integer, or a label is neither a class nor 255.
         """
         true, predicted = _integers(labels, "labels"), _integers(predictions, "predictions")
         if true.shape != predicted.shape:
@@ -46,31 +46,31 @@ class ConfusionMatrix:
         self.counts = self.counts.to(true.device) + pixels.view(K, K + 1)
 
     def merge(self, other: "ConfusionMatrix") -> None:
-        """Adds the counts of ``other``, of the same number of classes."""
+        """Adds the counts of ``other``, which must have the same number of classes."""
         if other.num_classes != self.num_classes:
             raise ValueError(f"cannot merge {other.num_classes} classes into {self.num_classes}")
         self.counts = self.counts + other.counts.to(self.counts.device)
 
     @property
     def per_class_iou(self) -> np.ndarray:
-        """``[K]`` float64: pixels of the class in both over those in either; nan where it is in neither."""
+        """``[K]`` float64: a class's pixels in both maps over those in either; nan if it is in neither."""
         correct, labelled, predicted = self._totals()
         return _ratio(correct, labelled + predicted - correct)
 
     @property
     def mean_iou(self) -> float:
-        """The mean of ``per_class_iou`` over classes that are not nan; nan without a pixel."""
+        """The mean of ``per_class_iou`` over classes that are not nan; nan if there are no pixels."""
         return _mean(self.per_class_iou)
 
     @property
     def pixel_accuracy(self) -> float:
-        """The share of pixels predicted right; nan without a pixel."""
+        """The share of pixels predicted correctly; nan if there are no pixels."""
         correct, labelled, _ = self._totals()
         return float(_ratio(correct.sum(), labelled.sum()))
 
     @property
     def mean_accuracy(self) -> float:
-        """The mean, over classes in the labels, of the share of their pixels predicted right."""
+        """The share of each class's pixels predicted correctly, averaged over the classes in the labels."""
         correct, labelled, _ = self._totals()
         return _mean(_ratio(correct, labelled))
 
@@ -81,7 +81,7 @@ class ConfusionMatrix:
         return _ratio(labelled, labelled.sum())
 
     def _totals(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Pixels by class: right, labelled, predicted."""
+        """Pixels by class: correct, labelled, predicted."""
         counts = self.counts.cpu().numpy()
         return counts.diagonal(), counts.sum(axis=1), counts[:, :-1].sum(axis=0)
 
@@ -90,14 +90,14 @@ class BoundaryFScore:
     """F-score of the contours (Csurka et al., *What is a good evaluation measure for semantic segmentation?*, BMVC
     2013; the contour measure of DAVIS), averaged over the classes of an image and then over images.
 
-    The contour of a class is those of its pixels that have another class above, below, left or right; the image's
-    frame is none. Precision is the share of predicted contour pixels with a labelled one at a distance of at most
-    ``tolerance`` times the image's diagonal, recall the reverse, ``F = 2 P R / (P + R)``. Classes in the labels or in
-    the prediction count. If one side alone has a contour, F is 0; if neither has (the class fills the image), F is 1
-    where the class is on both sides, else 0.
+    The contour of a class is its pixels with another class above, below, left or right; the edge of the image is not
+    a contour. Precision is the share of predicted contour pixels within ``tolerance`` times the image's diagonal of a
+    labelled one, recall the reverse, ``F = 2 P R / (P + R)``. Classes in the labels or in the prediction count. If only
+    one side has a contour, F is 0. If neither has (the class fills the image), F is 1 if the class is on both sides,
+    else 0.
 
-    Pixels labelled 255 are left out, and no contour runs along them. A void band narrower than twice the tolerance is
-    instead a drawn contour, such as the ring around PASCAL VOC's objects: its pixels take the nearest class first.
+    Pixels labelled 255 are ignored, and no contour runs along them. But a void band narrower than twice the tolerance
+    is a drawn contour, such as the ring around PASCAL VOC's objects: its pixels first take the nearest class.
     """
 
     def __init__(self, num_classes: int, tolerance: float = 0.0075):
@@ -105,7 +105,7 @@ class BoundaryFScore:
         self.total, self.images = 0.0, 0
 
     def update(self, label: np.ndarray, prediction: np.ndarray) -> None:
-        """Adds one image: two ``[H, W]`` uint8 maps. An image whose label is 255 throughout is left out."""
+        """Adds one image: two ``[H, W]`` uint8 maps. An image whose label is 255 everywhere is ignored."""
         if label.ndim != 2 or label.shape != prediction.shape:
             raise ValueError(f"expected two maps [H, W] of one shape, got {label.shape} and {prediction.shape}")
         distance = self.tolerance * math.hypot(*label.shape)
@@ -132,7 +132,7 @@ class BoundaryFScore:
 
     @property
     def value(self) -> float:
-        """The mean over images; nan without one."""
+        """The mean over images; nan if there are none."""
         return self.total / self.images if self.images else math.nan
 
 
@@ -145,7 +145,7 @@ def _contour_f_score(true: np.ndarray, predicted: np.ndarray, void: np.ndarray, 
     if not (true_contour.any() and predicted_contour.any()):
         neither = not true_contour.any() and not predicted_contour.any()
         return float(neither and true.any() and predicted.any())
-    # All that is measured lies in the box around both contours.
+    # The box around both contours holds everything that is measured.
     x, y, width, height = cv2.boundingRect((true_contour | predicted_contour).view(np.uint8))
     box = slice(y, y + height), slice(x, x + width)
     true_contour, predicted_contour = true_contour[box], predicted_contour[box]
@@ -166,15 +166,15 @@ def contour(inside: np.ndarray, void: np.ndarray) -> np.ndarray:
 
 
 def _distance_to(pixels: np.ndarray) -> np.ndarray:
-    """``[H, W]`` float32: the Euclidean distance in pixels to the nearest of ``pixels`` (bool, one at least set)."""
+    """``[H, W]`` float32: the Euclidean distance in pixels to the nearest of ``pixels`` (bool, at least one set)."""
     return cv2.distanceTransform((~pixels).view(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
 
 
 class BorderScore:
     """Precision, recall and F-score of border probabilities at the threshold that gives the best F over a data set.
 
-    A pixel is predicted a border where its probability is at least the threshold; thresholds are 0.01, 0.02 ... 0.99.
-    Pixels are compared one by one, without a tolerance: the targets' width is one.
+    A pixel is predicted a border if its probability is at least the threshold; thresholds are 0.01, 0.02 ... 0.99.
+    Pixels are compared one by one, without a tolerance: the width of the targets is a tolerance.
     """
 
     THRESHOLDS = np.arange(1, 100) / 100
@@ -184,7 +184,7 @@ class BorderScore:
         self.counts = np.zeros((2, len(self.THRESHOLDS) + 1), np.int64)
 
     def update(self, targets: np.ndarray, probabilities: np.ndarray) -> None:
-        """Adds one image: ``targets`` in {0, 1, 255} and ``probabilities`` in 0..1, of one shape; 255 is left out."""
+        """Adds one image: ``targets`` in {0, 1, 255} and ``probabilities`` in 0..1, of one shape; 255 is ignored."""
         if targets.shape != probabilities.shape:
             raise ValueError(f"targets {targets.shape} and probabilities {probabilities.shape} differ in shape")
         if not np.isfinite(probabilities).all():
@@ -197,7 +197,7 @@ class BorderScore:
         self.counts = self.counts + other.counts
 
     def best(self) -> dict[str, float]:
-        """``threshold``, ``precision``, ``recall`` and ``f_score`` there; nan where no border was seen."""
+        """The best ``threshold``, with its ``precision``, ``recall`` and ``f_score``; nan if no border was seen."""
         false, true = self.counts[:, ::-1].cumsum(axis=1)[:, -2::-1]  # at each threshold: pixels that reach it
         borders = self.counts[1].sum()
         f_score = _ratio(2 * true, true + false + borders)
@@ -225,6 +225,6 @@ def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
 
 
 def _mean(values: np.ndarray) -> float:
-    """The mean of the values that are not nan; nan without one."""
+    """The mean of the values that are not nan; nan if there are none."""
     known = values[~np.isnan(values)]
     return float(known.mean()) if known.size else math.nan

@@ -12,12 +12,12 @@ BORDER_METRICS = {"F-score": "f_score", "precision": "precision", "recall": "rec
 
 @dataclass(frozen=True)
 class Report:
-    """What :func:`evaluate` measured, and how. Metrics are fractions; nan where there was nothing to measure."""
+    """The metrics of :func:`evaluate`, and its settings. Metrics are fractions; nan if there was nothing to measure."""
 
     dataset: str
     split: str
     images: int
-    total_images: int  # of the split; more than ``images`` where a limit was given
+    total_images: int  # in the split; more than ``images`` if a limit was given
     inference: str  # scales, flip and window in words
     settings: dict[str, Any]  # the same as values
     classes: tuple[str, ...]
@@ -32,14 +32,14 @@ class Report:
 
     @property
     def conditions(self) -> str:
-        """Split, number of images, scales, flip and window: what every number below must be read with."""
+        """Data set, split, number of images, scales, flip and window: every number depends on them."""
         images = "1 image" if self.images == 1 else f"{self.images} images"
         if self.images < self.total_images:
             images = f"first {self.images} of {self.total_images} images"
         return f"{self.dataset} {self.split}, {images}, {self.inference}"
 
     def table(self) -> str:
-        """Text: a line a class, then a line a metric; each names its conditions, so it can be copied alone."""
+        """Returns text: a line per class and per metric. Each states its conditions, so it can be copied by itself."""
         summary = self.summary()
         width = max(len(name) for name in (*self.classes, *summary))
 
@@ -55,7 +55,7 @@ class Report:
         return "\n".join(lines)
 
     def summary(self) -> dict[str, float]:
-        """The metrics of the whole split by name."""
+        """The metrics of the whole split, by name."""
         values = {
             "mIoU": self.mean_iou,
             "mean accuracy": self.mean_accuracy,
@@ -69,7 +69,7 @@ class Report:
         return values
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; None where a value is nan."""
+        """Returns plain values for JSON, with None for nan."""
         return finite(
             {
                 "conditions": self.conditions,
