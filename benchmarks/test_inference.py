@@ -6,7 +6,7 @@ row; ``compile`` that compiled (on a GPU in ``--compile-mode``, on a CPU with fr
 ``Predictor``. With several scales theirs is the direct loop: ``cv2.resize``, the network and a resize for each scale
 and mirror image; with windows likewise, one batch of windows after the other, scores added at the image's size.
 On a GPU DFN-R101 at 512 x 512 with batch 1 and 16, at 1024 x 2048 and at 4096 x 4096 in windows; on a CPU DFN-R18 at
-256 x 256 in float32, and with ``--full`` DFN-R101 there, several scales at 128 x 160, DFN-R18 in windows, and bf16.
+128 x 128 in float32, and with ``--full`` DFN-R101 at 256 x 256, several scales, DFN-R18 in windows, and bf16.
 """
 
 from collections.abc import Iterator

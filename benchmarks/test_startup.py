@@ -67,7 +67,7 @@ if CUDA:
         predictor(np.zeros((64, 64, 3), np.uint8))
     """
 
-SHORT = ("import torch", "import dfn_fast, after torch", "first image")
+SHORT = ("import dfn_fast, after torch", "first image")
 
 
 def seconds_of(program: str, cache: Path) -> float:

@@ -79,7 +79,7 @@ def shapes() -> Iterator[Shape]:
             Shape(1, 512, 512, backbone="resnet18"),
         )
         return
-    yield Shape(1, 256, 256, backbone="resnet18", full=False)
+    yield Shape(1, 128, 128, backbone="resnet18", full=False)
     yield from (Shape(1, 256, 256), Shape(1, 128, 160, SCALES), Shape(1, 256, 256, window=128, backbone="resnet18"))
 
 

@@ -34,12 +34,16 @@ class Shape:
 
 
 def shapes() -> Iterator[Shape]:
-    if DEVICE.type == "cuda":
-        for depth in ("resnet18", "resnet50", "resnet101"):
-            yield Shape(f"DFN-R{depth[6:]}", TrainConfig(backbone=depth), 21)
+    if DEVICE.type != "cuda":
+        yield from cpu_shapes()
         return
+    for depth in ("resnet18", "resnet50", "resnet101"):
+        yield Shape(f"DFN-R{depth[6:]}", TrainConfig(backbone=depth), 21)
+
+
+def cpu_shapes() -> Iterator[Shape]:
     # Small, as a short run has to compile it: the Smooth Network with one head compiles in half the time of the whole.
-    small = TrainConfig(backbone="resnet18", stem="conv7", channels=64, crop=(64, 64), batch_size=4)
+    small = TrainConfig(backbone="resnet18", stem="conv7", channels=64, crop=(64, 64), batch_size=2)
     small = dataclasses.replace(small, border=False, deep_supervision=False)
     yield Shape("DFN-R18 without border", small, 21, full=False)
     yield Shape("synthetic recipe", recipe("synthetic"), 8)

@@ -1,14 +1,17 @@
 """The figures of benchmark rows: shares of what the machine can do, turns, energy."""
 
+import dataclasses
 import types
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.harness import figures, machine, measure
 from benchmarks.harness.counting import Machine, Network, floor, total_bytes, total_flops
 from benchmarks.harness.figures import Turns, Work
-from benchmarks.harness.training_trial import Shape, TrainingTrial
+from benchmarks.harness.training_trial import Shape, TrainingTrial, cpu_shapes
+from dfn_fast import ReferenceDFN
 from dfn_fast.config import recipe
 
 
@@ -37,6 +40,18 @@ def test_work_of_networks_has_its_own_counts_and_a_common_floor(roofs):
     assert work.flops > 2 * total_flops(least)
     trained = Work.of_networks([written], [least], torch.float32, training=True)
     assert (trained.flops, trained.bytes) == (total_flops(written, True), total_bytes(written, 4, True))
+
+
+def test_a_trial_counts_the_parts_that_it_trains(roofs):
+    shape = next(shape for shape in cpu_shapes() if not shape.config.border)
+    config = dataclasses.replace(shape.config, crop=(32, 64))
+    with torch.device("meta"):
+        model = ReferenceDFN(shape.num_classes, **config.network_arguments()).train()
+        data = torch.empty(config.batch_size, 3, *config.crop)
+    with FlopCounterMode(display=False) as counter:
+        sum(score.sum() for scores in model.scores(data) for score in scores).backward()
+    trial = TrainingTrial(dataclasses.replace(shape, config=config), "off")
+    assert trial.work("eager").flops == counter.get_total_flops()
 
 
 def test_every_implementation_gets_its_row_from_the_same_turns(roofs, monkeypatch):
