@@ -17,27 +17,27 @@ FORMATS = ("plain", "voc", "cityscapes")
 SERVER_CLASSES = {"voc": 21, "cityscapes": 19}
 
 EPILOG = """\
---output-dir gets, for INPUT photos/ with photos/night/a.jpg:
+For INPUT photos/ with photos/night/a.jpg, --output-dir gets:
   night/a.png            class ids, with the data set's palette, at the image's size
   night/a_overlay.png    the image with the classes' colours over it
   night/a_border.png     with --border: probability of a border, 0..255
   legend.png             colours and names of the classes
-An INPUT that is an image file gives NAME.png. One that ends in .txt holds a path a line, relative to its own folder or
-to the current one, and perhaps a tab or space and a label, which is not read.
+An INPUT that is an image file gives NAME.png. A .txt file lists one path per line, relative to its own folder or the
+current one; a label after a tab or space is ignored.
 
-for INPUT trip.mp4 (.avi .mov .mkv .webm .m4v too; a folder's videos are left out), camera:0 or rtsp://host/front:
+For INPUT trip.mp4 (also .avi .mov .mkv .webm .m4v; videos in a folder are skipped), camera:0 or rtsp://host/front:
   trip_overlay.mp4       the video with the classes' colours over it, without sound; camera_0_..., front_...
-  trip_frames/000000.png with --frames: class ids of each frame, frames.json when all are there; with --border
-                         000000_border.png too
-A camera or stream is recorded until Ctrl-C, or for --limit frames. Of a video whose end is missing, the frames that
-could be read give trip_overlay_truncated.mp4, and it counts as failed.
+  trip_frames/000000.png with --frames: class ids of each frame, and frames.json once all are written; with --border
+                         also 000000_border.png
+A camera or stream is recorded until Ctrl-C, or for --limit frames. A video whose end is missing counts as failed; its
+readable frames are written to trip_overlay_truncated.mp4.
 
-An image or video that cannot be read is named and left out; the exit code is then 1. After an interruption the same
-command with --skip-existing does what is left; of a video with --frames it computes only the frames not there yet.
+An image or video that cannot be read is reported and skipped, and the exit code is 1. After an interruption the same
+command with --skip-existing does the rest; for a video with --frames it computes only the missing frames.
 
---format voc           results/VOC2012/Segmentation/comp6_test_cls/ID.png and nothing else: `tar czf results.tgz
-                       results` there is what the server takes. comp6 is training with other data than VOC's, such as
-                       SBD and ImageNet: rename the folder comp5_test_cls where there was none
+--format voc           results/VOC2012/Segmentation/comp6_test_cls/ID.png and nothing else. Upload the archive that
+                       `tar czf results.tgz results` makes there. comp6 is for training with data beyond VOC's, such as
+                       SBD and ImageNet; without any, rename the folder to comp5_test_cls
 --format cityscapes    CITY_SEQUENCE_FRAME_pred.png with label ids (not train ids), and nothing else
 
 examples:
@@ -55,16 +55,16 @@ def parser() -> cli.Parser:
         epilog=EPILOG,
     )
     add = result.add_argument
-    add("checkpoint", metavar="CHECKPOINT", help="of ours, of DFN's authors, or safetensors")
+    add("checkpoint", metavar="CHECKPOINT", help="a checkpoint of ours or of DFN's authors, or safetensors")
     add("inputs", nargs="+", metavar="INPUT", help="image, folder of images, .txt list, video, camera:N or stream")
-    add("--output-dir", type=Path, required=True, metavar="DIR", help="where the results go; made if missing")
+    add("--output-dir", type=Path, required=True, metavar="DIR", help="folder for the results; created if missing")
     add("--format", choices=FORMATS, default="plain", metavar="NAME", help="plain (default), voc, cityscapes")
     add("--no-overlay", action="store_true", help="leave out the overlays")
-    add("--alpha", type=float, default=0.5, metavar="X", help="of the overlay's colours, 0..1 (default: 0.5)")
+    add("--alpha", type=float, default=0.5, metavar="X", help="opacity of the overlay's colours, 0..1 (default: 0.5)")
     add("--border", action="store_true", help="write the border probabilities too")
     add("--frames", action="store_true", help="write the label map of each frame of a video")
     add("--limit", type=int, metavar="N", help="stop a video, camera or stream after N frames")
-    add("--skip-existing", action="store_true", help="leave out what has all its results; continues a run")
+    add("--skip-existing", action="store_true", help="skip inputs that have all their results; continues a run")
     add(
         "--batch-size",
         type=int,
@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     jobs = jobs_for(arguments)
     if arguments.skip_existing:
         left = [job for job in jobs if not all(path.exists() for path in job.outputs)]
-        print(f"done already: {len(jobs) - len(left)} of {described(jobs)}")
+        print(f"already done: {len(jobs) - len(left)} of {described(jobs)}")
         if not left:
             return 0
         jobs = left
@@ -95,11 +95,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _check_options(arguments: argparse.Namespace) -> None:
-    """Raises :class:`ConfigError` for values that no run can have."""
+    """Raises :class:`ConfigError` if a value is out of range or two options exclude each other."""
     if not 0 <= arguments.alpha <= 1:
         raise ConfigError(f"--alpha {arguments.alpha:g}: expected 0..1")
     if arguments.border and arguments.format != "plain":
-        raise ConfigError(f"--border: the server takes no borders; leave out --format {arguments.format}")
+        raise ConfigError(f"--border: the server takes no borders; leave it out, or --format {arguments.format}")
     for name in ("batch_size", "limit"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
@@ -107,11 +107,11 @@ def _check_options(arguments: argparse.Namespace) -> None:
 
 
 def check_model(loaded: LoadedModel, arguments: argparse.Namespace) -> None:
-    """Raises :class:`ConfigError` where the network cannot give what the options ask for."""
+    """Raises :class:`ConfigError` if the network does not fit the options."""
     expected = SERVER_CLASSES.get(arguments.format, len(loaded.classes))
     if len(loaded.classes) != expected:
         raise ConfigError(
-            f"--format {arguments.format} expects a network of {expected} classes, {arguments.checkpoint} has "
+            f"--format {arguments.format} expects a network of {expected} classes, but {arguments.checkpoint} has "
             f"{len(loaded.classes)}; use --format plain, or a checkpoint trained on that data set"
         )
     if arguments.border and not loaded.model.has_border:

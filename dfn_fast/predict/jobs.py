@@ -1,4 +1,4 @@
-"""What `predict` has to do: the images and videos of its INPUTs, and the files that come of each."""
+"""The work list of `predict`: each input image or video, and the files it produces."""
 
 import argparse
 import os
@@ -17,7 +17,7 @@ VOC_FOLDER = Path("results", "VOC2012", "Segmentation", "comp6_test_cls")
 
 @dataclass(frozen=True)
 class ImageJob:
-    """An image, and the files that come of it."""
+    """An image, and the files it produces."""
 
     source: str
     label: Path
@@ -31,7 +31,7 @@ class ImageJob:
 
 @dataclass(frozen=True)
 class VideoJob:
-    """A video, camera or stream, and what comes of it: a video, a folder of label maps, or both."""
+    """A video, camera or stream, and its results: an overlay video, a folder of label maps, or both."""
 
     source: str
     overlay: Path | None
@@ -39,7 +39,7 @@ class VideoJob:
 
     @property
     def summary(self) -> Path | None:
-        """The number of frames, written after the last of them: the folder is complete where this file is."""
+        """The file with the number of frames. It is written last: if it exists, the folder is complete."""
         return self.frames and self.frames / "frames.json"
 
     @property
@@ -48,12 +48,12 @@ class VideoJob:
 
     @property
     def truncated(self) -> Path:
-        """Instead of ``overlay``, for the frames of a video whose end is missing."""
+        """The file that takes the place of ``overlay`` if the end of the video is missing."""
         assert self.overlay is not None
         return self.overlay.with_stem(f"{self.overlay.stem}_truncated")
 
     def frame(self, number: int, border: bool) -> ImageJob:
-        """The files of a frame, of which ``frames`` is the folder."""
+        """The files of a frame, in the folder ``frames``."""
         assert self.frames is not None
         name = self.frames / f"{number:06d}.png"
         return ImageJob(
@@ -65,10 +65,10 @@ Job = ImageJob | VideoJob
 
 
 def jobs_for(arguments: argparse.Namespace) -> list[Job]:
-    """The jobs that the command line asks for, in its order.
+    """The jobs of the command line, in its order.
 
-    Raises :class:`ConfigError` for an INPUT that is not there, and where two results would have one name or a result
-    would replace an INPUT or the recording of a camera.
+    Raises :class:`ConfigError` if an INPUT does not exist, if two results would have the same name, or if a result
+    would overwrite an INPUT or the recording of a camera.
     """
     found = _find_sources(arguments.inputs, arguments.output_dir)
     jobs: list[Job] = [
@@ -93,10 +93,10 @@ def described(jobs: Sequence[Job]) -> str:
 
 
 def _find_sources(inputs: Iterable[str], output_dir: Path) -> list[tuple[str, str]]:
-    """The images and videos of the INPUTs, each with the name, perhaps with folders, that its results take.
+    """The images and videos of the INPUTs, each with the name of its results, which may contain folders.
 
-    A folder gives its images, not its videos. Files below ``output_dir`` are results of an earlier run, and left out.
-    Raises :class:`ConfigError` for an input that does not exist or holds no image.
+    A folder gives its images, not its videos. Files below ``output_dir`` are results of an earlier run and are skipped.
+    Raises :class:`ConfigError` if an input does not exist or holds no image.
     """
     sources: list[tuple[str, str]] = []
     output = output_dir.resolve()
@@ -107,7 +107,7 @@ def _find_sources(inputs: Iterable[str], output_dir: Path) -> list[tuple[str, st
         elif path.is_dir():
             if path.resolve() == output:
                 raise ConfigError(
-                    f"--output-dir {output_dir} is an input folder; choose another, results are images too"
+                    f"--output-dir {output_dir} is an input folder; choose another, as results are images too"
                 )
             below = [(image, name) for name, image in files_by_stem(path, nested=True).items()]
             found = [(str(image), name) for image, name in below if not image.resolve().is_relative_to(output)]
@@ -118,13 +118,13 @@ def _find_sources(inputs: Iterable[str], output_dir: Path) -> list[tuple[str, st
         else:
             found = [(str(path), path.stem)]
         if not found:
-            raise ConfigError(f"{path}: no image in it (of videos, each is an INPUT)")
+            raise ConfigError(f"{path}: no image in it (give each video as an INPUT)")
         sources += found
     return sources
 
 
 def live_name(source: str) -> str:
-    """``camera:0`` -> ``camera_0``, ``rtsp://user@host:554/front?x=1`` -> ``front``, or the host where it is all."""
+    """``camera:0`` -> ``camera_0``, ``rtsp://user@host:554/front?x=1`` -> ``front``, or the host if it is all."""
     if source.startswith("camera:"):
         return source.replace(":", "_")
     *_, name = source.split("?")[0].rstrip("/").split("/")
@@ -134,7 +134,7 @@ def live_name(source: str) -> str:
 
 
 def listed_sources(path: Path) -> list[tuple[str, str]]:
-    """The images of a text file; a relative path is the result's name, of any other the file's name is."""
+    """The images that a text file lists. A relative path names the result; otherwise only the file name does."""
     sources = []
     for number, line in read_lines(path):
         candidates = [line.split("\t")[0].strip(), line.split()[0]]  # a space may belong to the path or end it
@@ -174,7 +174,7 @@ def _video_job(source: str, name: str, arguments: argparse.Namespace) -> VideoJo
     if arguments.format != "plain":
         raise ConfigError(f"{source}: the server takes no videos; leave out --format {arguments.format}")
     if arguments.no_overlay and not arguments.frames:
-        raise ConfigError(f"{source}: --no-overlay leaves nothing to write of a video; add --frames for its label maps")
+        raise ConfigError(f"{source}: --no-overlay leaves nothing to write; add --frames for the label maps")
     return VideoJob(
         source,
         None if arguments.no_overlay else arguments.output_dir / f"{name}_overlay.mp4",
@@ -183,7 +183,7 @@ def _video_job(source: str, name: str, arguments: argparse.Namespace) -> VideoJo
 
 
 def _check_outputs(jobs: Sequence[Job], legend_file: Path | None) -> None:
-    """Raises :class:`ConfigError` where two results would have one name, or a result would replace an INPUT."""
+    """Raises :class:`ConfigError` if two results would have the same name, or if one would overwrite an INPUT."""
     remedy = "rename one, or give the folder above them as INPUT: its subfolders are kept"
     owners = {} if legend_file is None else {legend_file.resolve(): "the legend"}
     sources = {Path(job.source).resolve(): described([job]).split()[-1] for job in jobs if not is_live(job.source)}
@@ -201,7 +201,7 @@ def _check_outputs(jobs: Sequence[Job], legend_file: Path | None) -> None:
 
 
 def require_writable(folder: Path) -> None:
-    """Makes ``folder``; raises :class:`ConfigError` where nothing can be written there."""
+    """Makes ``folder``. Raises :class:`ConfigError` if nothing can be written there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

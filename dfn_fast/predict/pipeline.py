@@ -1,8 +1,8 @@
-"""Read, run, write at the same time, with a fixed number of images in memory.
+"""Reads, runs and writes at the same time, with a limited number of images in memory.
 
-Images are read in threads, some ahead of where the work is; those of equal size make up a batch, which runs in the
-caller's thread (a network belongs to one thread); results are written in threads. Decoding and encoding release
-Python's lock, so that the three go on at once.
+Images are read ahead in threads. Those of equal size make up a batch, which runs in the caller's thread (a network
+belongs to one thread). Results are written in threads. Decoding and encoding release Python's lock, so all three
+stages overlap.
 """
 
 from collections import deque
@@ -20,27 +20,27 @@ Result = TypeVar("Result")
 
 
 class NoMoreImages(Exception):
-    """``read`` raises it where a source such as a video has ended: no job is begun after it."""
+    """Raised by ``read`` at the end of a source such as a video. No job begins after it."""
 
 
 class Pipeline(Generic[Job, Image, Result]):
-    """``pipeline(jobs)`` reads, runs and writes them all.
+    """``pipeline(jobs)`` reads, runs and writes all jobs.
 
     Args:
-        read: ``read(job)`` is its image; called in ``readers`` threads.
-        run: ``run(images)`` is a list with a result for each of 1 to ``batch_size`` images of equal size; called in
-            the thread that calls the pipeline. The image has to be part of the result where ``write`` needs it.
-        write: ``write(job, result)``; called in ``writers`` threads. One thread writes in the order of ``run``.
-        report: ``report(job, error)``, once for each job: None when it has been written, else its UserError. Called in
-            the thread that calls the pipeline; what it raises ends the run.
-        size: what is equal for the images of a batch.
+        read: ``read(job)`` returns its image; called in ``readers`` threads.
+        run: ``run(images)`` returns a list with a result for each of 1 to ``batch_size`` images of equal size; called
+            in the thread that calls the pipeline. If ``write`` needs the image, the result must contain it.
+        write: ``write(job, result)``; called in ``writers`` threads. A single thread writes in the order of ``run``.
+        report: ``report(job, error)``; called once for each job, with None after it has been written, else with its
+            UserError, in the thread that calls the pipeline. Its exceptions end the run.
+        size: ``size(image)`` is equal for all images of a batch.
 
-    Batches follow the order of ``jobs``, but for images that wait for others of their size. No more than ``capacity``
-    images are in memory at once, also when all sizes differ: then batches are smaller.
+    Batches follow the order of ``jobs``, except for images that wait for others of their size. At most ``capacity``
+    images are in memory at once. If all sizes differ, batches are smaller.
 
-    A UserError of a stage belongs to its job, and the others go on. Where a batch fails with one, its images are run
-    again one by one. Anything else ends the run and is raised: what has run by then is still written, except after an
-    OSError (a full disk would fail for each of them). No thread outlives the call.
+    If a stage raises a UserError, its job has failed and the others go on. If a batch fails with one, its images run
+    again one by one. Any other exception ends the run and is raised. The results so far are still written, except
+    after an OSError (a full disk would fail for each of them). No thread outlives the call.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Pipeline(Generic[Job, Image, Result]):
             self._take_written(self.behind)
             batch = self._next_batch()
             if batch:
-                self._read_ahead(jobs)  # the places that the batch leaves are filled while it runs
+                self._read_ahead(jobs)  # fills the places that the batch leaves while it runs
                 self._run(batch)
             elif self._reading:
                 wait([self._reading[0][1]])
@@ -105,7 +105,7 @@ class Pipeline(Generic[Job, Image, Result]):
             self._reading.append((job, self._read_threads.submit(self.read, job)))
 
     def _take_read(self) -> None:
-        """Moves images that have been read to those that wait for a batch, in the order of the jobs."""
+        """Moves images that have been read to the list that waits for a batch, in the order of the jobs."""
         while self._reading and self._reading[0][1].done():
             job, future = self._reading.popleft()
             try:
@@ -116,7 +116,7 @@ class Pipeline(Generic[Job, Image, Result]):
                 self.report(job, error)
 
     def _next_batch(self) -> list[tuple[Job, Image]]:
-        """The first full batch; where none can become full, the oldest image with those of its size."""
+        """The first full batch. If none can become full, the oldest image with the others of its size."""
         groups: dict[Hashable, list[tuple[Job, Image]]] = {}
         for entry in self._waiting:
             groups.setdefault(self.size(entry[1]), []).append(entry)
@@ -146,7 +146,7 @@ class Pipeline(Generic[Job, Image, Result]):
             self._writing.append((job, self._write_threads.submit(self.write, job, result)))
 
     def _take_written(self, most: int) -> None:
-        """Reports what has been written, and waits while more than ``most`` results are on their way."""
+        """Reports the written results, and waits while more than ``most`` are not written yet."""
         while self._writing and (len(self._writing) > most or self._writing[0][1].done()):
             job, future = self._writing.popleft()
             try:

@@ -1,4 +1,4 @@
-"""Images and videos through a Predictor, one after another."""
+"""Runs images and videos through a Predictor, one after another."""
 
 import argparse
 import sys
@@ -30,7 +30,7 @@ def segment(predictor: Predictor, images: Sequence[np.ndarray]) -> list[np.ndarr
 
 
 class Prediction:
-    """A run of the command: ``run_all(jobs)`` gives its exit code."""
+    """A run of the command: ``run_all(jobs)`` returns its exit code."""
 
     def __init__(self, predictor: Predictor, palette: np.ndarray, arguments: argparse.Namespace):
         self.predictor, self.palette, self.arguments = predictor, palette, arguments
@@ -39,7 +39,7 @@ class Prediction:
         self.frames = 0
 
     def run_all(self, jobs: list[Job]) -> int:
-        """Runs the jobs, images first; one that fails is named and left out. 1 where one failed, else 0."""
+        """Runs the jobs, images first. Reports and skips a job that fails. Returns 1 if any failed, else 0."""
         start = time.perf_counter()
         try:
             self.run_images([job for job in jobs if isinstance(job, ImageJob)])
@@ -48,7 +48,7 @@ class Prediction:
                     self.run_video(job)
         except OSError as error:
             raise UserError(
-                f"--output-dir {self.arguments.output_dir}: {error}; the run ended there, --skip-existing continues it"
+                f"--output-dir {self.arguments.output_dir}: {error}; the run ended there; --skip-existing continues it"
             ) from error
         self.summarize(jobs, time.perf_counter() - start)
         return 1 if self.failures else 0
@@ -81,7 +81,7 @@ class Prediction:
         self.frames += recording.count
 
     def run(self, pictures: list[Picture]) -> list[Picture]:
-        """Fills in what is not known yet of pictures of equal size."""
+        """Fills in the missing labels and borders of pictures of equal size."""
         images = [picture.image for picture in pictures if picture.labels is None]
         labels = segment(self.predictor, images) if images else []
         borders = [self.border(image) if self.arguments.border else None for image in images]

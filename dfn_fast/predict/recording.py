@@ -1,4 +1,4 @@
-"""A video, camera or stream for `predict`: its frames, in their order, become an overlay video and label maps."""
+"""A video, camera or stream for `predict`: its frames, in order, become an overlay video and label maps."""
 
 import argparse
 import contextlib
@@ -20,7 +20,7 @@ from dfn_fast.predict.pipeline import NoMoreImages, Pipeline
 
 
 class Picture(NamedTuple):
-    """An image ``[H, W, 3]`` RGB uint8 and what is known of it: class ids and border (0..255), ``[H, W]`` uint8."""
+    """An image ``[H, W, 3]`` RGB uint8 with its class ids and border (0..255), ``[H, W]`` uint8, if known."""
 
     image: np.ndarray
     labels: np.ndarray | None = None
@@ -32,15 +32,15 @@ class Picture(NamedTuple):
 
 
 class Recording:
-    """``recording()`` does all of a :class:`VideoJob`; ``count`` is the number of frames written so far.
+    """``recording()`` runs a whole :class:`VideoJob`; ``count`` is the number of frames written so far.
 
     Args:
         run: fills in labels and border of pictures of equal size.
         write: writes labels and border of a picture to the files of an :class:`ImageJob`.
-        draw: the frame of the overlay video, ``[H, W, 3]`` RGB uint8.
+        draw: returns the frame of the overlay video, ``[H, W, 3]`` RGB uint8.
         arguments: the command line: ``limit``, ``border``, ``skip_existing``.
 
-    Raises :class:`UserError`, after which ``count`` frames are kept where the video's end is missing.
+    Raises :class:`UserError` if the job fails. If the video's end is missing, ``count`` frames are kept.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Recording:
             self.finish(video, overlay)
 
     def record(self, video: VideoReader, overlay: VideoWriter | None) -> None:
-        """Frame after frame; Ctrl-C ends a camera's or stream's recording, and a video's with KeyboardInterrupt."""
+        """Records frame by frame. Ctrl-C ends a camera or stream normally; for a video it raises KeyboardInterrupt."""
 
         def read(number: int) -> Picture:
             image = video.read()
@@ -93,7 +93,7 @@ class Recording:
 
         total = min(filter(None, (self.limit, video.announced)), default=None)
         with tqdm(total=total, desc=Path(self.job.source).name, disable=None, **IMAGES_BAR) as bar:
-            # One thread each: frames are decoded and encoded in their order.
+            # One thread each: frames are decoded and encoded in order.
             pipeline: Pipeline[int, Picture, Picture] = Pipeline(
                 read, self.run, write, report, batch_size=self.batch_size, readers=1, writers=1, size=picture_size
             )
@@ -104,7 +104,7 @@ class Recording:
                     raise
 
     def earlier(self, number: int, image: np.ndarray) -> Picture | None:
-        """The frame's results of a run that was interrupted, where it is continued and they are whole."""
+        """The frame's results from an interrupted run, if this run continues it and they are whole."""
         if not self.resume or self.job.frames is None:
             return None
         try:
@@ -114,7 +114,7 @@ class Recording:
         return Picture(image, *found) if all(x.shape == image.shape[:2] for x in found) else None
 
     def finish(self, video: VideoReader, overlay: VideoWriter | None) -> None:
-        """Gives the results their names; raises :class:`DataError` where the video's end is missing."""
+        """Gives the results their names. Raises :class:`DataError` if the video's end is missing."""
         missing = 0 if self.count == self.limit else video.missing()
         places = [path for path in (self.job.frames,) if path is not None]
         if overlay is not None and self.job.overlay is not None:

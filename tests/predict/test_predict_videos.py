@@ -174,7 +174,7 @@ def test_a_stream_is_named_after_its_last_part():
 def test_videos_of_a_folder_are_inputs_of_their_own(checkpoint):
     Path("in").mkdir()
     write_video("in/trip.avi", 2)
-    with pytest.raises(ConfigError, match="of videos, each is an INPUT"):
+    with pytest.raises(ConfigError, match="give each video as an INPUT"):
         run(checkpoint, "in", "--output-dir", "out")
     write_image("in/trip.png", picture(0))
     assert run(checkpoint, "in", "in/trip.avi", "--output-dir", "out") == 0
