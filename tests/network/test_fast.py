@@ -1,5 +1,6 @@
 """FastDFN against ReferenceDFN: the same to the outside, each saving on its own, and the way that both train."""
 
+import contextlib
 import copy
 import dataclasses
 import itertools
@@ -14,7 +15,7 @@ from dfn_fast import FastDFN, ReferenceDFN, Savings
 from dfn_fast.network import savings
 from dfn_fast.network.losses import CrossEntropyLoss, SigmoidFocalLoss
 from dfn_kernels import tuning
-from support.networks import SMALL, VARIANT_NAMES, VARIANTS, batch, narrow_backbones, random_dfn
+from support.networks import SMALL, VARIANT_NAMES, VARIANTS, batch, narrow_backbones, published_backbones, random_dfn
 
 NONE = Savings.none()
 ALONE = {
@@ -370,7 +371,9 @@ def test_fifty_steps_on_camvid_are_those_of_the_reference(camvid_root, dtype, lr
     networks = []
     for network in (FastDFN, ReferenceDFN):
         torch.manual_seed(0)
-        model = network(11, backbone="resnet18", channels=16).to(dtype, memory_format=torch.channels_last)
+        # In a narrow network rounding grows faster: the bound of float64 is for the published width.
+        with published_backbones() if dtype == torch.float64 else contextlib.nullcontext():
+            model = network(11, backbone="resnet18", channels=16).to(dtype, memory_format=torch.channels_last)
         networks.append((model, torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=1e-4)))
     losses = []
     for _, images in zip(range(50), itertools.chain(loader.epoch(0), loader.epoch(1)), strict=False):

@@ -81,7 +81,7 @@ def test_a_change_of_layout_is_seen():
 @pytest.mark.parametrize(
     "backend",
     # Inductor on the smallest network alone: it calls a C++ compiler for each fused kernel.
-    ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)],
+    ["aot_eager", pytest.param("inductor", marks=[pytest.mark.slow, pytest.mark.timeout(900)])],
 )
 def test_the_compiled_step_is_one_graph_and_the_same_numbers(backend):
     parts = {"border": False, "deep_supervision": False, "stem": "conv7"} if backend == "inductor" else {}
