@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 SHOWN = 5  # names that an error lists
-EXCERPT = 500  # characters of them
+EXCERPT = 500  # characters of that list
 
 
 class UserError(Exception):
-    """Bad input. The command lines print its text alone, without a traceback, and exit with code 2."""
+    """Bad input. The commands print only its text, without a traceback, and exit with code 2."""
 
 
 class DataError(UserError):
-    """An image, a label or a data set's layout is not what it should be; the text names the file."""
+    """An image, a label or the layout of a data set is wrong; the text names the file."""
 
 
 class CheckpointError(UserError):
@@ -43,7 +43,7 @@ def brief(value: Any) -> str:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """``"; did you mean X?"`` for the known word nearest to ``word``, or nothing where none is near."""
+    """``"; did you mean X?"`` for the known word nearest to ``word``, or an empty string if none is near."""
     matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean {matches[0]}?" if matches else ""
 
@@ -55,6 +55,6 @@ def listed(names: Iterable[str], most: int = SHOWN) -> str:
 
 
 def shortened(text: str | Path, most: int = 200) -> str:
-    """For the text of an error: a line of a file that is no list may have any length."""
+    """``text``, truncated for an error: a line of a file that is not a list may have any length."""
     text = str(text)
     return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"

@@ -22,10 +22,10 @@ _KINDS = ((stat.S_ISFIFO, "pipe"), (stat.S_ISSOCK, "socket"), (stat.S_ISDIR, "fo
 
 @contextlib.contextmanager
 def replacing(path: str | Path, previous: str | Path | None = None) -> Iterator[IO[bytes]]:
-    """A binary file to write to; it replaces ``path`` when the block ends well, else ``path`` stays as it was.
+    """Yields a binary file that replaces ``path`` if the block succeeds; otherwise ``path`` is left unchanged.
 
-    If ``previous`` is given, the old file is kept under that name. Whenever the process is killed, or the power fails,
-    at least one of the two is whole.
+    If ``previous`` is given, the old file is kept under that name. Whenever the process is killed or the power fails,
+    at least one of the two is complete.
     """
     path = Path(path)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
@@ -46,18 +46,18 @@ def replacing(path: str | Path, previous: str | Path | None = None) -> Iterator[
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """``text`` as the whole content of ``path``, in UTF-8."""
+    """Writes ``text`` as the whole content of ``path``, in UTF-8."""
     with replacing(path) as file:
         file.write(text.encode())
 
 
 def write_json(path: str | Path, content: Any) -> None:
-    """``content`` as indented JSON; nan and infinity become null."""
+    """Writes ``content`` as indented JSON; nan and infinity become null."""
     write_text(path, json.dumps(finite(content), indent=2) + "\n")
 
 
 def _keep(path: Path, previous: str | Path) -> None:
-    """``previous`` becomes a second name of ``path``; on a file system that has no hard links, its only one."""
+    """Makes ``previous`` a second name of ``path``; on a file system without hard links, renames ``path`` to it."""
     try:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(previous)
@@ -70,7 +70,7 @@ _UMASK = threading.Lock()
 
 
 def _umask() -> int:
-    with _UMASK:  # it can only be read by setting it, and two threads at once could leave it at 0
+    with _UMASK:  # the mask can only be read by setting it, and two threads at once could leave it at 0
         mask = os.umask(0)
         os.umask(mask)
     return mask
@@ -89,8 +89,8 @@ def _sync_folder(folder: Path) -> None:
 def require_regular(path: str | Path, error: type[UserError], what: str, max_bytes: int | None = None) -> None:
     """Raises ``error`` if the path exists but is not a regular file, or is larger than ``max_bytes``.
 
-    Opening a pipe waits for its other end, and a device such as /dev/zero never ends. What is not there, or may not
-    be looked at, is left to whoever opens it.
+    Opening a pipe waits for its other end, and a device such as /dev/zero never ends. A path that is missing or may
+    not be examined is left to whoever opens it.
     """
     try:
         status = os.stat(path)
@@ -108,7 +108,7 @@ def require_regular(path: str | Path, error: type[UserError], what: str, max_byt
 
 
 def finite(value: Any) -> Any:
-    """``value`` with every nan and infinity replaced by None, which JSON can say."""
+    """``value`` with every nan and infinity replaced by None, which JSON can represent."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,6 +1,6 @@
 """Weights in files: written whole or not at all, read without running code, fitted by name and shape.
 
-Imports ``files`` and ``errors`` and knows no network. Start reading at ``weights.py``.
+Imports ``files`` and ``errors`` and knows nothing about networks. Start reading at ``weights.py``.
 """
 
 from dfn_fast.checkpoint.archive import read_file

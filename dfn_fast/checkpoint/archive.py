@@ -1,5 +1,4 @@
-"""Weights and checkpoint files: read without running code that is in them, fitted to a model by name and shape, and
-written whole or not at all.
+"""Weights and checkpoint files: written whole or not at all, and read without running any code in them.
 
 A training checkpoint is one dictionary of tensors and plain values::
 
@@ -9,10 +8,10 @@ A training checkpoint is one dictionary of tensors and plain values::
     classes       K names            palette  K times [r, g, b]            dataset  its name
     config, optimizer, scaler, random, position      what the trainer needs to continue
 
-Other people's files are read too: a bare state dict, or one below ``model``, ``state_dict`` or ``model_state_dict``.
+Other people's files are read too: a bare state dict, or one under ``model``, ``state_dict`` or ``model_state_dict``.
 
-Each record of the file (a tensor, or the pickle of all that is no tensor) carries its CRC-32, as the zip format has it.
-``torch.save`` writes them and ``torch.load`` reads past them; :func:`read_file` compares.
+Each record of the zip file (a tensor, or the pickle of everything else) carries a CRC-32. ``torch.save`` writes it,
+``torch.load`` ignores it, and :func:`read_file` checks it.
 """
 
 import pickle
@@ -33,16 +32,15 @@ from dfn_fast.files import replacing, require_regular
 
 FORMAT = 1
 
-ZIP = b"PK\x03\x04"  # what torch.save's files begin with
-SLACK = 1 << 20  # bytes that an archive may unpack to beyond its size: others than ours compress their small parts
+ZIP = b"PK\x03\x04"  # the first bytes of torch.save's files
+SLACK = 1 << 20  # bytes that an archive may unpack to beyond its size: other writers compress the small parts
 
 
 def save_atomic(content: dict[str, Any], path: str | Path, previous: str | Path | None = None) -> None:
-    """``torch.save`` to a temporary file that takes the name ``path`` when it is whole and on disk; the file that had
-    this name becomes ``previous``, where one is given.
+    """Writes ``content`` with ``torch.save`` to a temporary file, syncs it and renames it to ``path``.
 
-    Raises :class:`CheckpointError` where it cannot be written, or where ``content`` holds something that
-    :func:`read_file` would refuse; the file that was there before is unchanged then.
+    If ``previous`` is given, the old file is kept under that name. Raises :class:`CheckpointError` if the file cannot
+    be written, or if ``content`` holds something that :func:`read_file` would refuse; the old file is then unchanged.
     """
     refused = _not_plain(content, "content")
     if refused:
@@ -74,7 +72,7 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], Any], previous: str | P
 
 
 def _not_plain(value: Any, where: str) -> str | None:
-    """What ``weights_only`` would refuse in ``value``, if anything."""
+    """Names the first thing in ``value`` that ``weights_only`` would refuse; None if there is nothing."""
     items: list[tuple[str, Any]] = []
     if type(value) in (dict, OrderedDict):
         items = [(f"{where}[{key!r}]", item) for key, item in value.items()]
@@ -87,10 +85,10 @@ def _not_plain(value: Any, where: str) -> str | None:
 
 
 def read_file(path: str | Path) -> dict[str, Any]:
-    """The dictionary in a ``.safetensors`` file, or in one of any other suffix that ``torch.save`` wrote, on the CPU.
+    """Reads the dictionary in a ``.safetensors`` file, or in a ``torch.save`` file of any other suffix, to the CPU.
 
-    Code in the file is never run. Raises :class:`CheckpointError` that says whether the file is missing, empty, cut
-    short, damaged, no checkpoint at all, or holds more than tensors and plain values.
+    Code in the file is never run. Raises a :class:`CheckpointError` that says whether the file is missing, empty,
+    truncated, damaged, not a checkpoint, or holds more than tensors and plain values.
     """
     path = Path(path)
     require_regular(path, CheckpointError, "checkpoint")
@@ -119,28 +117,28 @@ def read_file(path: str | Path) -> dict[str, Any]:
 
 
 def _require_whole(path: Path) -> None:
-    """Raises :class:`CheckpointError` for an archive that unpacks to more than it is, torch.save compressing nothing,
-    and for one with a record that does not fit its CRC-32.
+    """Raises :class:`CheckpointError` if an archive unpacks to more than its own size, because torch.save does not
+    compress, or if a record does not match its CRC-32.
     """
     with zipfile.ZipFile(path) as archive:
         unpacked = sum(record.file_size for record in archive.infolist())
         if unpacked > path.stat().st_size + SLACK:
             raise CheckpointError(
                 f"{path}: this checkpoint would unpack to {unpacked} bytes from {path.stat().st_size}; torch.save does "
-                "not compress, so it is damaged or made to fill the memory; copy or download it again"
+                "not compress, so the file is damaged or made to exhaust memory; copy or download it again"
             )
         written = any(record.CRC for record in archive.infolist())  # all 0: torch.save was told to leave them out
         damaged = archive.testzip() if written else None
     if damaged:
         raise CheckpointError(
-            f"{path}: this checkpoint is damaged (the checksum of its record {damaged!r} does not fit); "
+            f"{path}: this checkpoint is damaged (the checksum of its record {damaged!r} does not match); "
             "copy or download it again, or use the one before"
         )
 
 
 def _explain(path: Path, head: bytes, error: Exception) -> NoReturn:
-    """Raises the :class:`CheckpointError` for a file that exists and does not load. PyTorch's own text is left out:
-    it advises loading the file with the code in it."""
+    """Raises the :class:`CheckpointError` for a file that exists but does not load. PyTorch's own text is left out,
+    because it advises running the code in the file."""
     damaged = CheckpointError(f"{path}: this checkpoint is truncated or damaged; copy or download it again")
     is_zip, is_pickle = head.startswith(ZIP), head.startswith(b"\x80")
     members = _members(path) if is_zip else []
@@ -156,9 +154,9 @@ def _explain(path: Path, head: bytes, error: Exception) -> NoReturn:
         if not (name or is_script or is_pickle):
             raise damaged from error
         raise CheckpointError(
-            f"{path}: this file has code in it ({name[1][:100] if name else 'Python objects'}): loading it could run "
-            "anything, so it is refused. Where it was made, save the weights alone, torch.save(model.state_dict(), "
-            "FILE) or safetensors, and give that file"
+            f"{path}: this file has code in it ({name[1][:100] if name else 'Python objects'}). Loading it could run "
+            "anything, so it is refused. Where it was made, save only the weights, with "
+            "torch.save(model.state_dict(), FILE) or as safetensors, and give that file"
         ) from error
     elif has_pickle or (is_zip and not members):
         raise damaged from error
@@ -169,7 +167,7 @@ def _explain(path: Path, head: bytes, error: Exception) -> NoReturn:
 
 
 def _members(path: Path) -> list[str]:
-    """The names in a zip archive; none where its directory cannot be read."""
+    """The names in a zip archive; none if its directory cannot be read."""
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.namelist()

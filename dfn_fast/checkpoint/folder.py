@@ -3,10 +3,10 @@
 ``config.json`` holds::
 
     format        1
-    class         name of the network's class, for the reader; FastDFN and ReferenceDFN load each other's folders
+    class         name of the network's class, for people; FastDFN and ReferenceDFN load each other's folders
     model_config  keyword arguments of the network, num_classes among them
-    classes       K names, where given      palette  K times [r, g, b], where given
-    sha256        of model.safetensors: two files that do not belong together do not load
+    classes       K names, if given         palette  K times [r, g, b], if given
+    sha256        of model.safetensors, so that two files that do not belong together do not load
 """
 
 import hashlib
@@ -40,20 +40,20 @@ def save_folder(
     classes: Sequence[str] | None = None,
     palette: np.ndarray | None = None,
 ) -> None:
-    """Writes a network to ``folder``, which is made if missing; see this file's docstring.
+    """Writes a network to ``folder``, which is created if missing; see this file's docstring.
 
-    ``arguments`` are the keyword arguments that build it again, ``num_classes`` among them.
+    ``arguments`` are the keyword arguments that rebuild it, ``num_classes`` among them.
 
-    Weights have the published names and shapes and are contiguous. Not saved: criteria and what they hold, and a
-    ``norm_layer`` that is not batch norm; give them to ``from_pretrained`` again. ``palette`` is ``[K, 3]`` RGB
-    uint8. Raises :class:`ConfigError` where names or colours are not those of ``num_classes`` classes, and
-    :class:`CheckpointError` where the folder cannot be written.
+    Weights have the published names and shapes and are contiguous. Criteria with their contents, and a ``norm_layer``
+    other than batch norm, are not saved; give them to ``from_pretrained`` again. ``palette`` is ``[K, 3]`` RGB uint8.
+    Raises :class:`ConfigError` if there are not ``num_classes`` names or colours, and :class:`CheckpointError` if the
+    folder cannot be written.
     """
     folder = Path(folder)
     for name, given in (("classes", classes), ("palette", palette)):
         if given is not None and len(given) != arguments["num_classes"]:
             raise ConfigError(
-                f"{name}: expected one for each of the network's {arguments['num_classes']}, got {len(given)}"
+                f"{name}: expected one for each of the network's {arguments['num_classes']} classes, got {len(given)}"
             )
     weights, config = _contents(model, arguments)
     if classes is not None:
@@ -62,7 +62,7 @@ def save_folder(
         config["palette"] = np.asarray(palette).tolist()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # Weights first: whatever happens in between, the old config.json does not have their checksum.
+        # Weights first: if the process dies in between, the old config.json does not have their checksum.
         for name, content in ((WEIGHTS, weights), (CONFIG, (json.dumps(config, indent=2) + "\n").encode())):
             with replacing(folder / name) as file:
                 file.write(content)
@@ -74,7 +74,7 @@ def save_folder(
 
 
 def _contents(model: nn.Module, arguments: dict[str, Any]) -> tuple[bytes, dict[str, Any]]:
-    """The bytes of the weights file and what the configuration must hold."""
+    """The bytes of the weights file, and the required entries of the configuration."""
     state = {
         name: tensor.detach().cpu().contiguous()  # safetensors refuses channels_last tensors
         for name, tensor in model.state_dict().items()
@@ -90,10 +90,10 @@ def _contents(model: nn.Module, arguments: dict[str, Any]) -> tuple[bytes, dict[
 
 
 def read_folder(folder: str | Path) -> dict[str, Any]:
-    """The content of a folder in the form of our checkpoints: ``format``, ``model``, ``model_config``, which is not
-    checked here, and, where they were given, ``classes`` and ``palette``.
+    """Reads a folder into the form of our checkpoints: ``format``, ``model``, ``model_config`` (not checked here) and,
+    if they were saved, ``classes`` and ``palette``.
 
-    Raises :class:`CheckpointError` where a file is missing or damaged, or where the two do not belong together.
+    Raises :class:`CheckpointError` if a file is missing or damaged, or if the two do not belong together.
     """
     folder = Path(folder)
     config = _read_config(folder)
@@ -103,7 +103,7 @@ def read_folder(folder: str | Path) -> dict[str, Any]:
         checksum = hashlib.sha256(file.read()).hexdigest()
     if checksum != config["sha256"]:
         raise CheckpointError(
-            f"{folder}: {WEIGHTS} and {CONFIG} do not belong together (the checksums differ): one was replaced, is "
+            f"{folder}: {WEIGHTS} and {CONFIG} do not belong together (the checksums differ). One was replaced or "
             "damaged, or saving was interrupted; copy or save both again"
         )
     content = {"format": FORMAT, "model": state, "model_config": config["model_config"]}
@@ -125,7 +125,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no JSON ({error}); copy or save the folder again") from error
+        raise CheckpointError(f"{path} is not valid JSON ({error}); copy or save the folder again") from error
     found = config.get("format") if isinstance(config, dict) else config
     if found != FORMAT:
         raise CheckpointError(
@@ -154,14 +154,14 @@ def load_folder(
     channels_last: bool = True,
     **overrides: Any,
 ) -> Network:
-    """The network in a folder that :func:`save_folder` wrote, in float32 and eval mode.
+    """Loads the network in a folder that :func:`save_folder` wrote, in float32 and eval mode.
 
     ``check(cls, model_config, state, where)`` returns the arguments that the file gives, or raises
     :class:`CheckpointError`; see :func:`dfn_fast.network.arguments.checked_arguments`.
 
-    ``overrides`` are keyword arguments of the network: criteria, which are not saved, or others in place of the saved
-    ones. Raises :class:`CheckpointError` for a folder that is missing, damaged or does not fit, and
-    :class:`ConfigError` for an override that does not exist.
+    ``overrides`` are keyword arguments of the network: criteria, which are not saved, or replacements for saved ones.
+    Raises :class:`CheckpointError` if the folder is missing or damaged or does not fit, and :class:`ConfigError` if
+    the network has no such argument.
     """
     known = inspect.signature(cls).parameters
     for name in overrides:
@@ -170,13 +170,13 @@ def load_folder(
     content = read_folder(path)
     content["model_config"] = check(cls, content["model_config"], content["model"], str(path))
     _check_class_count(content, path, overrides)
-    # Set after loading: what a criterion holds, such as class weights, is in no file.
+    # Set after loading: no file holds a criterion's contents, such as class weights.
     criteria = {name: overrides.pop(name) for name in CRITERIA if name in overrides}
     config = {**content["model_config"], **overrides}
     try:
         model = build(cls, config)
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: its model_config {config} builds no network ({error})") from error
+        raise CheckpointError(f"{path}: its model_config {config} does not build a network ({error})") from error
     load_weights(model, content["model"], where=str(path))
     for name, criterion in criteria.items():
         if criterion is not None:
@@ -191,7 +191,7 @@ def _check_class_count(content: dict[str, Any], path: str | Path, overrides: dic
     if needed != num_classes:
         raise CheckpointError(
             f"{path}: this network has {num_classes} classes, but {needed} are needed; choose another folder, or load "
-            "what fits with dfn_fast.checkpoint.weights.load_weights(model, FOLDER/model.safetensors, strict=False)"
+            "the rest with dfn_fast.checkpoint.weights.load_weights(model, FOLDER/model.safetensors, strict=False)"
         )
     for name in ("classes", "palette"):
         given = content.get(name, [None] * num_classes)

@@ -1,4 +1,4 @@
-"""ImageNet weights for the backbone: from a file, or by name from where torchvision and timm publish them."""
+"""ImageNet weights for the backbone: from a file, or by name from torchvision's and timm's downloads."""
 
 import http.client
 from collections.abc import Mapping
@@ -32,19 +32,19 @@ BACKBONE_WEIGHTS: dict[str, str] = {
 
 
 def load_backbone(backbone: nn.Module, source: str | Path, *, strict: bool = True) -> Mismatch:
-    """Loads ``source``, a file or a name in ``BACKBONE_WEIGHTS``, into ``backbone`` and returns what did not fit.
+    """Loads ``source``, a file or a name in ``BACKBONE_WEIGHTS``, into ``backbone`` and returns the mismatch.
 
-    A classifier (``fc``) is left out; of a whole DFN the backbone is taken. A download is kept where ``torch.hub``
-    keeps its own and must have the published hash. Raises :class:`CheckpointError` as
-    :func:`~dfn_fast.checkpoint.weights.load_weights` does, for a name that does not fit the backbone's ``depth`` and
-    ``stem``, and for a download that fails.
+    A classifier (``fc``) is skipped; from a whole DFN only the backbone is loaded. A download goes to the folder of
+    ``torch.hub`` and must have the published hash. Raises :class:`CheckpointError` as
+    :func:`~dfn_fast.checkpoint.weights.load_weights` does, and also if a name does not fit the backbone's ``depth``
+    and ``stem`` or a download fails.
     """
     source = str(source)
     if source in BACKBONE_WEIGHTS:
         if source not in names_for(backbone):
             raise CheckpointError(
-                f"{source} holds other weights than a {backbone.depth} with the {backbone.stem} stem "
-                f"has; {_choices(backbone)}"
+                f"{source} does not hold the weights of a {backbone.depth} with the {backbone.stem} stem; "
+                f"{_choices(backbone)}"
             )
         content = _download(BACKBONE_WEIGHTS[source])
     elif Path(source).suffix == "" and not Path(source).exists():
@@ -69,7 +69,7 @@ def _choices(backbone: nn.Module) -> str:
     names = names_for(backbone)
     fitting = ", ".join(names) if names else "no name"
     other = "conv7" if backbone.stem == "deep" else "deep"
-    return f"{fitting} fits {backbone.depth} with the {backbone.stem} stem; a file may be given, or --stem {other}"
+    return f"{fitting} fits {backbone.depth} with the {backbone.stem} stem; give such a name, a file or --stem {other}"
 
 
 def _download(url: str) -> Mapping[str, Any]:
@@ -82,4 +82,6 @@ def _download(url: str) -> Mapping[str, Any]:
     except Exception as error:
         if kept.exists():
             raise CheckpointError(f"{kept}: this copy of {url} is damaged; delete it to fetch it again") from error
-        raise CheckpointError(f"{url}: what came has not the published hash; try again, or {remedy}") from error
+        raise CheckpointError(
+            f"{url}: the download does not have the published hash; try again, or {remedy}"
+        ) from error

@@ -14,14 +14,14 @@ from dfn_fast.errors import CheckpointError, brief, listed
 
 STATE_DICT_KEYS = ("model", "state_dict", "model_state_dict")
 TORCH_SUFFIXES = (".pth", ".pt", ".ckpt", ".tar")
-MAX_NESTING = 10  # of a state dict in a checkpoint
+MAX_NESTING = 10  # levels at which a state dict may lie in a checkpoint
 DTYPES = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool, torch.uint8}
 DTYPES |= {torch.int8, torch.int16, torch.int32, torch.int64}
 Network = TypeVar("Network", bound=nn.Module)
 
 
 def save_weights(model: nn.Module, path: str | Path) -> None:
-    """The model's state dict, in the published names and shapes, as safetensors or ``torch.save`` file by suffix."""
+    """Writes the model's state dict, in the published names and shapes; the suffix selects the format."""
     path = Path(path)
     # safetensors refuses channels_last tensors.
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict_of(model.state_dict()).items()}
@@ -34,7 +34,7 @@ def save_weights(model: nn.Module, path: str | Path) -> None:
 
 
 def state_dict_of(content: Mapping[str, Any], where: str = "the checkpoint") -> dict[str, Tensor]:
-    """The state dict in a checkpoint's content, bare or below one of ``STATE_DICT_KEYS``, under plain names: without
+    """The state dict in a checkpoint's content, bare or under one of ``STATE_DICT_KEYS``, with plain names: without
     the ``module.`` of (Distributed)DataParallel and the ``_orig_mod.`` of ``torch.compile``, however they are nested.
     """
     for _ in range(MAX_NESTING):
@@ -46,23 +46,23 @@ def state_dict_of(content: Mapping[str, Any], where: str = "the checkpoint") -> 
     if not tensors:
         found = listed(name if isinstance(name, str) else brief(name) for name in content)
         raise CheckpointError(
-            f"{where}: expected a state dict, bare or below {', '.join(map(repr, STATE_DICT_KEYS))}; found "
+            f"{where}: expected a state dict, bare or under {', '.join(map(repr, STATE_DICT_KEYS))}, got "
             f"{found or 'nothing'}"
         )
     lying = [name for name, tensor in tensors.items() if not _is_plain_tensor(tensor)]
     if lying:
         raise CheckpointError(
-            f"{where}: {len(lying)} tensors have values that are not in the file, or not one by one: "
+            f"{where}: {len(lying)} tensors are not stored as one real number for each element: "
             f"{listed(lying)}; save dense tensors of real numbers"
         )
     state = {_plain_name(name): tensor for name, tensor in tensors.items()}
     if len(state) < len(tensors):
-        raise CheckpointError(f"{where}: holds the same weights twice, with and without the prefix of a wrapper")
+        raise CheckpointError(f"{where}: holds the same weights twice, with and without a wrapper's prefix")
     return state
 
 
 def _is_plain_tensor(tensor: Tensor) -> bool:
-    """Whether each element is a number in memory; a stride of 0 makes gigabytes of one number."""
+    """Whether each element has a number of its own in memory; a stride of 0 makes gigabytes of one number."""
     if tensor.layout != torch.strided or tensor.is_nested or tensor.is_meta or tensor.dtype not in DTYPES:
         return False
     return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
@@ -77,7 +77,7 @@ def _plain_name(name: str) -> str:
 
 @dataclass(frozen=True)
 class Mismatch:
-    """Where a state dict does not fit a model; false where it fits. ``str()`` names the first few of each kind."""
+    """How a state dict differs from a model's; false if it does not. ``str()`` names the first few of each kind."""
 
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
@@ -95,12 +95,11 @@ class Mismatch:
 def load_weights(
     model: nn.Module, source: str | Path | Mapping[str, Any], *, strict: bool = True, where: str | None = None
 ) -> Mismatch:
-    """Loads a checkpoint, by file or content, into ``model`` and returns what did not fit.
+    """Loads a checkpoint, given as a file or its content, into ``model`` and returns the mismatch.
 
     ``strict=False`` loads the tensors that fit by name and shape. ``num_batches_tracked`` may be missing, as in
-    checkpoints of PyTorch 0.4. ``where`` names the source in errors. Raises :class:`CheckpointError`, the model
-    unchanged, where something does not fit and ``strict`` is set, where nothing fits, and for weights that are nan or
-    infinite.
+    checkpoints of PyTorch 0.4. ``where`` names the source in errors. Raises :class:`CheckpointError`, with the model
+    unchanged, if ``strict`` is set and something does not fit, if nothing fits, or if weights are nan or infinite.
     """
     if isinstance(source, Mapping):
         where = where or "the given weights"
@@ -117,7 +116,7 @@ def load_weights(
         ),
     )
     if not fitting or (strict and mismatch):
-        remedy = "" if not fitting else ", or load what fits with strict=False (--no-strict)"
+        remedy = "" if not fitting else ", or load the tensors that fit with strict=False (--no-strict)"
         raise CheckpointError(f"{where} does not fit the model: {mismatch}. Build the model as it was saved{remedy}")
     broken = [n for n, t in fitting.items() if not torch.isfinite(t).all()]
     if broken:
@@ -130,13 +129,13 @@ def load_weights(
 
 
 def ready(model: nn.Module, device: str | torch.device, channels_last: bool) -> None:
-    """Makes ``model`` ready for inference, in place: on ``device``, in eval mode, its weights in channels_last."""
+    """Prepares ``model`` for inference, in place: on ``device``, in eval mode and, if asked, in channels_last."""
     model.to(device).eval()
     if channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def build(network: type[Network], config: Mapping[str, Any]) -> Network:
-    """The network, without a trace in the caller's random numbers: its initial weights are not kept."""
+    """Builds the network without advancing the caller's random generator: its initial weights are not kept."""
     with torch.random.fork_rng(devices=[]):
         return network(**config)

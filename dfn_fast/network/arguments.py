@@ -1,7 +1,7 @@
 """The network that a file describes: its ``model_config`` is checked before memory is spent on it.
 
-A checkpoint may come from anywhere. Whatever it asks for, nothing is fetched or read from elsewhere for it, and no
-network is built that is much larger than the weights in the file.
+A checkpoint may come from anywhere. Whatever it says, nothing is downloaded or read from elsewhere, and no network is
+built that is much larger than the weights in the file.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,8 +14,8 @@ from torch.overrides import TorchFunctionMode
 from dfn_fast.errors import CheckpointError, brief, nearest
 from dfn_fast.network.backbone import LAYERS, STEMS, BasicBlock, Bottleneck
 
-LARGEST = 1 << 30  # of whole numbers
-SLACK = 1 << 26  # bytes of a network beyond four times those of its file, whose numbers may be of half precision
+LARGEST = 1 << 30  # the largest integer that an argument may be
+SLACK = 1 << 26  # bytes that a network may have beyond four times its file's, which may be in half precision
 _KINDS: dict[str, type | tuple[type, ...]] = {
     "num_classes": int,
     "alpha": (int, float),
@@ -33,7 +33,7 @@ def checked_arguments(
 ) -> dict[str, Any]:
     """``config`` as a dictionary of ``network``'s arguments that a file may set, of the right types.
 
-    Raises :class:`CheckpointError` for anything else, an argument such as ``pretrained_model`` included, and for a
+    Raises :class:`CheckpointError` for anything else, including an argument such as ``pretrained_model``, and for a
     network that takes far more memory than the file's ``state``.
     """
     if not isinstance(config, Mapping) or "num_classes" not in config:
@@ -41,7 +41,9 @@ def checked_arguments(
     for name, value in config.items():
         reason = _wrong(name, value)
         if reason:
-            raise CheckpointError(f"{where}: its model_config builds no network ({reason}); copy or save it again")
+            raise CheckpointError(
+                f"{where}: its model_config does not build a network ({reason}); copy or save it again"
+            )
     count = _parameters(network, dict(config), where)
     storages = {storage.data_ptr(): storage.nbytes() for storage in (t.untyped_storage() for t in state.values())}
     if 4 * count > 4 * sum(storages.values()) + SLACK:
@@ -53,7 +55,7 @@ def checked_arguments(
 
 
 def _wrong(name: Any, value: Any) -> str | None:
-    """What is wrong about an argument, if anything."""
+    """What is wrong with an argument, or None."""
     if not isinstance(name, str) or name not in _KINDS:
         return f"unknown argument {brief(name)}{nearest(brief(name), _KINDS)}"
     kind = _KINDS[name]
@@ -62,40 +64,40 @@ def _wrong(name: Any, value: Any) -> str | None:
     if isinstance(value, int) and kind is int and not 1 <= value <= LARGEST:
         return f"{name} is {brief(value)}"
     if name in _CHOICES and value not in _CHOICES[name]:
-        return f"{name} is {brief(value)}, none of {', '.join(_CHOICES[name])}"
+        return f"{name} is {brief(value)}, expected one of {', '.join(_CHOICES[name])}"
     return None
 
 
 class _ShapesAlone(TorchFunctionMode):
-    """On the meta device: normal_ would first import a compiler, for seconds."""
+    """Skips ``normal_``, which on the meta device would first spend seconds on importing a compiler."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         return args[0] if func is torch.Tensor.normal_ else func(*args, **(kwargs or {}))
 
 
 def _parameters(network: Callable[..., nn.Module], config: dict[str, Any], where: str) -> int:
-    """How many parameters the network would have: it is built without memory for them."""
+    """How many parameters the network would have. It is built without memory for them."""
     try:
         with torch.device("meta"), _ShapesAlone():
             built = network(**config)
     except RuntimeError as error:  # a tensor of more than 2^63 bytes
         raise CheckpointError(
-            f"{where}: its model_config builds no network ({error}); copy or save it again"
+            f"{where}: its model_config does not build a network ({error}); copy or save it again"
         ) from error
     return sum(parameter.numel() for parameter in built.parameters())
 
 
 def infer_arguments(state: Mapping[str, Tensor], where: str = "the checkpoint") -> dict[str, Any]:
-    """The keyword arguments of the network that ``state`` belongs to, from its names and shapes.
+    """The keyword arguments of the network that ``state`` belongs to, inferred from its names and shapes.
 
-    Raises :class:`CheckpointError` where a name that tells is not there, or where the backbone is no known ResNet.
+    Raises :class:`CheckpointError` if a name that this needs is missing, or if the backbone is not a known ResNet.
     """
 
     def out_channels(name: str) -> int:
         if name not in state:
             raise CheckpointError(f"{where}: expected the weights of a DFN, but there is no {name}")
         if state[name].ndim != 4:
-            raise CheckpointError(f"{where}: expected the weights of a DFN, but {name} is no convolution")
+            raise CheckpointError(f"{where}: expected the weights of a DFN, but {name} is not a convolution")
         return state[name].shape[0]
 
     if "layer1.0.conv1.weight" in state:
@@ -106,7 +108,7 @@ def infer_arguments(state: Mapping[str, Tensor], where: str = "the checkpoint") 
     depth = next((name for name, layers in LAYERS.items() if layers == (block, counts)), None)
     if depth is None:
         raise CheckpointError(
-            f"{where}: a backbone with {list(counts)} {block.__name__}s is none of {', '.join(LAYERS)}"
+            f"{where}: a backbone with {list(counts)} {block.__name__}s is not one of {', '.join(LAYERS)}"
         )
     border = any(name.startswith("border_pre_rrbs.") for name in state)
     return {

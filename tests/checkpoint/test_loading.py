@@ -123,8 +123,8 @@ def test_another_class_count_than_needed_is_an_error_with_both(tmp_path):
     ("changes", "text"),
     [
         ({"format": 2}, "expected checkpoint format 1, got 2"),
-        ({"model_config": {"num_classes": 4, "wings": 2}}, "builds no network .*wings"),
-        ({"model_config": {"num_classes": 4, "backbone": "vgg16"}}, "builds no network .*vgg16"),
+        ({"model_config": {"num_classes": 4, "wings": 2}}, "does not build a network .*wings"),
+        ({"model_config": {"num_classes": 4, "backbone": "vgg16"}}, "does not build a network .*vgg16"),
         ({"classes": ["a", "b", "c"]}, "expected names and colours of 4 classes, got 3 and 4"),
         ({"model_config": {"num_classes": 4, **SMALL, "channels": 9}}, r"wrong shape: .*\(model \[9, 64, 1, 1\]"),
     ],
@@ -185,9 +185,9 @@ def expanded(shape, dtype=torch.float32):
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"channels": 10**9}, "builds no network|parameters, but its weights have"),
+        ({"channels": 10**9}, "does not build a network|parameters, but its weights have"),
         ({"channels": 10**5}, r"asks for a network of \d+ parameters, but its weights have 16384 bytes"),
-        ({"num_classes": 10**6}, "asks for a network of|builds no network"),
+        ({"num_classes": 10**6}, "asks for a network of|does not build a network"),
         ({"channels": 1024}, r"asks for a network of \d+ parameters, but its weights have 16384 bytes"),
         ({"channels": 10**30}, "channels is 1000"),
         ({"channels": True}, "channels is True"),
@@ -208,7 +208,7 @@ def test_a_network_that_a_file_asks_for_is_checked_before_it_is_built(tmp_path, 
     state = {"smooth_pre_rrbs.0.conv_1x1.weight": torch.zeros(8, 512, 1, 1)}
     if stretched:
         state = {name: expanded(tensor.shape) for name, tensor in state.items()}
-        text = f"values that are not in the file|{text}"
+        text = f"not stored as one real number|{text}"
     save_atomic({"format": 1, "model": state, "model_config": settings}, tmp_path / "a.pth")
     built = watch_networks(monkeypatch)
     with pytest.raises(CheckpointError, match=rf"a\.pth: .*({text})") as caught:

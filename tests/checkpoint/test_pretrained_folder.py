@@ -159,7 +159,7 @@ def test_names_and_colours_must_be_as_many_as_classes(model, tmp_path, given):
         ({"clases": ["a"]}, "unknown key 'clases'; did you mean classes?"),
         ({"model_config": {"num_classes": 5, "chanels": 16}}, "unknown argument 'chanels'; did you mean channels?"),
         ({"model_config": {"channels": 16}}, "no 'num_classes'"),
-        ({"model_config": {"num_classes": 5, "backbone": "vgg16"}}, "builds no network .*vgg16"),
+        ({"model_config": {"num_classes": 5, "backbone": "vgg16"}}, "does not build a network .*vgg16"),
         ({"model_config": {"num_classes": 4, **SMALL}}, "does not fit the model|names and colours of 4|classes of 4"),
         ({"classes": ["a"]}, "classes of 5 classes, got 1|names and colours of 5 classes, got 1"),
         ({"sha256": "0"}, "do not belong together"),

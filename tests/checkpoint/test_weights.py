@@ -71,9 +71,9 @@ def test_the_same_weights_twice_are_an_error():
 
 
 def test_content_without_a_state_dict_is_an_error_with_what_there_is():
-    with pytest.raises(CheckpointError, match=r"my file: expected a state dict.*found epoch, loss"):
+    with pytest.raises(CheckpointError, match=r"my file: expected a state dict.*got epoch, loss"):
         state_dict_of({"epoch": 3, "loss": 0.5}, "my file")
-    with pytest.raises(CheckpointError, match="found nothing"):
+    with pytest.raises(CheckpointError, match="got nothing"):
         state_dict_of({})
 
 
@@ -255,7 +255,7 @@ def test_a_download_with_another_hash_is_refused(published, tmp_path, monkeypatc
     file, _ = published
     wrong = file.rename(tmp_path / "resnet18-00000000.pth")
     monkeypatch.setitem(BACKBONE_WEIGHTS, "resnet18", wrong.as_uri())
-    with pytest.raises(CheckpointError, match=r"resnet18-00000000\.pth: what came has not the published hash"):
+    with pytest.raises(CheckpointError, match=r"resnet18-00000000\.pth: the download does not have the published hash"):
         load_backbone(ResNet("resnet18", "conv7"), "resnet18")
     assert not list((tmp_path / "home" / "hub" / "checkpoints").iterdir())
 
