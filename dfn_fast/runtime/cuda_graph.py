@@ -12,7 +12,7 @@ Capture = Callable[[Callable[[], Tensor]], tuple[Replay, Tensor]]
 
 
 class SideStream:
-    """Runs steps on a stream of its own, as those before a capture must: the default one cannot be captured."""
+    """Runs steps on a side stream, as a capture requires of the steps before it: the default one cannot be captured."""
 
     def __init__(self, device: torch.device):
         self.stream = torch.cuda.Stream(device)
@@ -27,20 +27,20 @@ class SideStream:
 
 
 def capture(run: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
-    """``run`` as a graph, without running it: what replays it, and the tensor that its result will be in."""
+    """Captures ``run`` as a graph without running it; returns the function that replays it and its result's tensor."""
     graph = torch.cuda.CUDAGraph()
-    # thread_local: a thread of the loader pins memory meanwhile, which would end a capture that watches all threads.
+    # thread_local: a loader thread pins memory at the same time, which would end a capture that watches all threads.
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         loss = run()
     return graph.replay, loss
 
 
 class GraphedStep:
-    """``run(*inputs) -> loss``, which also leaves gradients: a few times as it is, then as a graph.
+    """Runs ``run(*inputs) -> loss``, which also leaves gradients: a few times eagerly, then as a graph.
 
     The first calls are steps like any other, so nothing runs twice. Until the capture, gradients must be None at each
-    call; from then on (``captured``) they are the graph's own tensors, overwritten by each replay, and must be left in
-    their place. What cannot be captured goes on as it is, with a warning.
+    call. After it (``captured``) they are the graph's own tensors, which each replay overwrites; do not replace them.
+    A step that cannot be captured keeps running eagerly, with a warning.
     """
 
     def __init__(self, run: Callable[..., Tensor], warm_up: Callable[[Callable[[], Tensor]], Tensor], capture: Capture):
@@ -67,11 +67,11 @@ class GraphedStep:
                 self.replay, self.loss = self.capture(lambda: self.run(*self.inputs))
             except Exception as error:
                 self.failed = True
-                warnings.warn(f"--cuda-graph: the step cannot be captured and runs without ({error})", stacklevel=2)
+                warnings.warn(f"--cuda-graph: the step cannot be captured, so it runs eagerly ({error})", stacklevel=2)
                 return self.run(*inputs)
         for own, x in zip(self.inputs, inputs, strict=True):
             if own.shape != x.shape:
-                raise ValueError(f"a captured step takes {list(own.shape)} alone, got {list(x.shape)}")
+                raise ValueError(f"the captured step expected shape {list(own.shape)}, got {list(x.shape)}")
             own.copy_(x, non_blocking=True)
         self.replay()
         assert self.loss is not None

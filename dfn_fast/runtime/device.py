@@ -15,14 +15,14 @@ HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_device(name: str, world: World = ALONE) -> torch.device:
-    """``"auto"``: CUDA where there is one, else the CPU; a device that is not there is an error."""
+    """The device ``name``; ``"auto"`` is CUDA if there is a GPU, else the CPU. A missing device is an error."""
     name = world.device_name(name)
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ConfigError(f"--device {name!r} is no device; write cuda, cuda:1, cpu or auto") from error
+        raise ConfigError(f"--device {name!r} is not a device; use cuda, cuda:1, cpu or auto") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
             f"--device {name}: PyTorch finds {torch.cuda.device_count()} CUDA devices here; use cpu or auto"
@@ -37,30 +37,30 @@ def choose_amp(name: str, device: torch.device) -> torch.dtype | None:
     if name == "fp16" and device.type == "cpu":
         raise ConfigError("--amp fp16 needs a GPU; on a CPU use --amp bf16 or off")
     if name == "bf16" and device.type == "cpu" and not onednn_takes_bf16():
-        warnings.warn("this CPU computes bf16 number by number, slower than float32: --amp off is faster", stacklevel=2)
+        warnings.warn("this CPU has no bf16 arithmetic, so bf16 is slower than float32; use --amp off", stacklevel=2)
     return HALVES.get(name)
 
 
 def choose_compile(choice: bool | None, device: torch.device) -> bool:
-    """None: on CUDA where there is a Triton to compile with; never on a CPU, where it slows training."""
+    """Whether to compile. None means: on CUDA if Triton is installed, never on a CPU, where it slows training."""
     if choice is None:
         return device.type == "cuda" and importlib.util.find_spec("triton") is not None
     return choice
 
 
 def inductor_options(**wanted: Any) -> dict[str, Any]:
-    """The ``options`` of ``torch.compile``: of those wanted, the ones that this version of PyTorch has."""
+    """The ``options`` for ``torch.compile``: the wanted ones that this version of PyTorch has."""
     import torch._inductor  # not at the top: it takes a second, and most runs on a CPU never need it
 
     if torch.are_deterministic_algorithms_enabled():
-        wanted["deterministic"] = True  # or it would choose among a GPU's kernels by timing them
+        wanted["deterministic"] = True  # otherwise it would choose among a GPU's kernels by timing them
     return {name: value for name, value in wanted.items() if name in torch._inductor.list_options()}
 
 
 def choose_algorithms(deterministic: bool) -> None:
-    """Asks for deterministic algorithms, with a warning where there is none, or for the fastest ones.
+    """Selects deterministic algorithms, with a warning if an operation has none, or the fastest ones.
 
-    To be called before the first product of matrices on a GPU: cuBLAS looks at its workspace's size then.
+    Call this before the first matrix product on a GPU, which is when cuBLAS fixes its workspace size.
     """
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -1,7 +1,7 @@
-"""CUDA graphs by image size: each size is captured once, its next images are one launch.
+"""CUDA graphs by image size: each size is captured once, and its later images are one launch each.
 
-All graphs share one memory pool, so what they need together is about what the largest needs, and no two may run at
-once: a call waits, on the device alone, for the call before it. What a call returns is its own.
+All graphs share one memory pool, so together they need about as much as the largest. No two may run at once: each call
+waits for the one before it, on the device only, and returns a new tensor.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ CAPTURING = threading.Lock()  # a process captures one graph at a time, whatever
 
 
 class CudaGraphs:
-    """What a :class:`GraphCache` asks of a CUDA device. One for each cache: it holds the cache's pool and event."""
+    """The CUDA operations of a :class:`GraphCache`. Each cache has its own, which holds its pool and event."""
 
     def __init__(self, device: torch.device):
         self.device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
@@ -32,27 +32,28 @@ class CudaGraphs:
         self.new_pool()
 
     def new_pool(self) -> None:
-        """Later captures take their memory from a new pool. The old one is freed once its graphs are gone."""
+        """Makes later captures use a new memory pool. The old one is freed once its graphs are gone."""
         self.pool = torch.cuda.graph_pool_handle()
 
     def pool_bytes(self) -> int:
-        """What the pool has taken from the device, whatever other threads allocate meanwhile."""
+        """The bytes that the pool has taken from the device, whatever other threads allocate meanwhile."""
         segments = torch.cuda.memory_snapshot()
         return sum(s["total_size"] for s in segments if tuple(s["segment_pool_id"]) == tuple(self.pool))
 
     def warm_up(self, run: Callable[[], Tensor]) -> None:
-        """``run`` as usual, a few times: it compiles, chooses algorithms and allocates."""
+        """Runs ``run`` eagerly a few times, so that it compiles, chooses algorithms and allocates."""
         with torch.cuda.device(self.device):
             for _ in range(WARM_UP):
                 self.side(run)
 
     def capture(self, run: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
-        """``run`` as a graph, not run yet: what replays it on the current stream, and the tensor of its result.
+        """Captures ``run`` without running it; returns the function that replays it and its result's tensor.
 
-        Synchronises the device. ``RuntimeError`` with the reason where it fails; streams are then as they were.
+        The replay goes to the current stream. Synchronises the device. Raises ``RuntimeError`` with the reason if the
+        capture fails; streams are then as they were.
         """
         graph, reason = torch.cuda.CUDAGraph(), ""
-        # The outer stream context puts the caller's stream back: torch.cuda.graph does not if its capture fails.
+        # The outer stream context restores the caller's stream: torch.cuda.graph does not if its capture fails.
         with CAPTURING, torch.cuda.device(self.device), torch.cuda.stream(torch.cuda.current_stream(self.device)):
             try:
                 with self._capturing(graph, self.pool):
@@ -67,12 +68,12 @@ class CudaGraphs:
         return graph.replay, labels
 
     def _capturing(self, graph: torch.cuda.CUDAGraph, pool: Any) -> torch.cuda.graph:
-        # Always one stream, as memory is reused on its own stream alone; thread_local as in cuda_graph.capture.
+        # Always the same stream, as memory is reused only on its own stream; thread_local as in cuda_graph.capture.
         return torch.cuda.graph(graph, pool=pool, stream=self.side.stream, capture_error_mode="thread_local")
 
     def _clean_up(self) -> None:
-        """Ends what a failed capture may leave begun: in older versions of torch the pool's recording, and for the
-        random generator the capture, until the next one that succeeds."""
+        """Ends what a failed capture may leave open: in older versions of torch the pool's recording, and the random
+        generator's capture, which would last until the next one that succeeds."""
         with contextlib.suppress(RuntimeError):
             torch._C._cuda_endAllocateToPool(self.device.index, self.pool)
         current = torch.cuda.stream(torch.cuda.current_stream(self.device))
@@ -80,7 +81,7 @@ class CudaGraphs:
             torch.zeros(1, device=self.device)
 
     def wait(self) -> None:
-        """The current stream goes on once the device has passed the last ``record``."""
+        """Makes the current stream wait until the device has passed the last ``record``."""
         torch.cuda.current_stream(self.device).wait_event(self.event)
 
     def record(self) -> None:
@@ -88,13 +89,13 @@ class CudaGraphs:
         self.event.record(torch.cuda.current_stream(self.device))
 
     def finish(self) -> None:
-        """The host waits until the device has passed the last ``record``."""
+        """Makes the host wait until the device has passed the last ``record``."""
         self.event.synchronize()
 
 
 @dataclass
 class Graph:
-    """A captured ``run``: its own input, its own output and what goes from one to the other."""
+    """A captured ``run``: its input, its output and the function that replays it."""
 
     images: Tensor
     labels: Tensor
@@ -102,19 +103,20 @@ class Graph:
 
 
 class GraphCache:
-    """``cache(images)`` is ``run(images)`` from the graph of that shape and dtype, captured where there is none yet.
+    """``cache(images)`` is ``run(images)``, replayed from the graph of that shape and dtype or captured first.
 
     Args:
-        run: a function without host synchronisation of a tensor, ``[B, H, W, 3]`` uint8, on the device, that returns
-            one, ``[B, H, W]`` uint8. It runs without gradients. Weights that it reads must stay where they are:
+        run: takes a tensor on the device, ``[B, H, W, 3]`` uint8, and returns one, such as labels, without
+            synchronising the host. It runs without gradients. The weights that it reads must stay where they are:
             :meth:`clear` the cache after moving them.
-        limit_bytes: of the pool and the graphs' inputs together; what the driver keeps for launches is not counted.
-            The graph used longest ago goes first. A pool shrinks only as a whole: one that has outgrown the limit is
-            given up with all its graphs, and the newest captured again in a fresh one. ``ConfigError`` below 1.
-        graphs: None: those of the current CUDA device.
+        limit_bytes: for the pool and the graphs' inputs together; the driver's memory for launches is not counted.
+            The least recently used graph is dropped first. A pool shrinks only as a whole: one that has outgrown the
+            limit is dropped with all its graphs, and the newest is captured again in a new one. ``ConfigError``
+            below 1.
+        graphs: defaults to those of the current CUDA device.
 
-    A shape whose capture fails, or whose graph alone is larger than the limit, runs as it is from then on, with one
-    warning. Any thread may call, on any stream. ``ValueError`` for images of another device.
+    If the capture of a shape fails, or its graph by itself is larger than the limit, that shape runs eagerly from then
+    on, with one warning. Any thread may call, on any stream. Raises ``ValueError`` for images on another device.
     """
 
     def __init__(self, run: Callable[[Tensor], Tensor], *, limit_bytes: int, graphs: CudaGraphs | None = None):
@@ -122,7 +124,7 @@ class GraphCache:
             raise ConfigError(f"graph_cache_bytes {limit_bytes}: expected a positive number of bytes, such as 2**31")
         self.run, self.limit_bytes = run, limit_bytes
         self.graphs = CudaGraphs(torch.device("cuda")) if graphs is None else graphs
-        self.kept: OrderedDict[Key, Graph] = OrderedDict()  # the one used last is last
+        self.kept: OrderedDict[Key, Graph] = OrderedDict()  # the most recently used last
         self.eager: set[Key] = set()
         self.pool_bytes = self.hits = self.captures = self.evictions = self.failures = 0
         self.lock = threading.Lock()
@@ -139,22 +141,22 @@ class GraphCache:
 
     @torch.no_grad()
     def warm_up(self, shapes: Iterable[Sequence[int]]) -> None:
-        """Captures graphs for uint8 images of ``shapes``, each ``[B, H, W, 3]``, the largest ``B * H * W`` first:
-        the smaller ones then find the memory that they need in the pool."""
+        """Captures graphs for uint8 images of ``shapes``, each ``[B, H, W, 3]``, the largest ``B * H * W`` first,
+        so that the smaller ones find their memory in the pool."""
         for shape in sorted((torch.Size(shape) for shape in shapes), key=lambda s: s.numel(), reverse=True):
             with self.lock:
                 if (shape, torch.uint8) not in self.kept:
                     self._graph(torch.zeros(shape, dtype=torch.uint8, device=self.graphs.device))
 
     def clear(self) -> None:
-        """Drops all graphs, once the device has finished with them. Shapes that run without one go on so."""
+        """Drops all graphs, once the device has finished with them. Shapes that run eagerly continue to do so."""
         with self.lock:
             while self.kept:
                 self._evict()
 
     def statistics(self) -> dict[str, int]:
         """``hits``: calls that found their graph; ``captures``; ``evictions``; ``failures``: captures that failed and
-        graphs larger than the limit; ``bytes``: what counts towards the limit now."""
+        graphs larger than the limit; ``bytes``: those that count towards the limit now."""
         with self.lock:
             names = ("hits", "captures", "evictions", "failures")
             return {**{name: getattr(self, name) for name in names}, "bytes": self._bytes()}
@@ -169,7 +171,7 @@ class GraphCache:
             self.graphs.record()
 
     def _graph(self, images: Tensor) -> Graph | None:
-        """The graph for these images, perhaps new; None: they run without."""
+        """The graph for these images, captured if there is none; None if they run eagerly."""
         key = (images.shape, images.dtype)
         if key in self.eager:
             return None
@@ -178,7 +180,7 @@ class GraphCache:
             self.hits += 1
             self.kept.move_to_end(key)
             return graph
-        self.graphs.wait()  # replays use what belongs to the stream that warms up, such as cuBLAS's workspace
+        self.graphs.wait()  # replays use resources of the stream that warms up, such as cuBLAS's workspace
         try:
             graph = self._add(key, images)
         finally:
@@ -186,8 +188,8 @@ class GraphCache:
         return graph
 
     def _add(self, key: Key, images: Tensor) -> Graph | None:
-        """A new graph, kept, or None: there can be none."""
-        with torch.inference_mode(False):  # a tensor of inference mode could not be written to outside of it
+        """Captures a new graph and keeps it; None if that is not possible."""
+        with torch.inference_mode(False):  # an inference tensor could not be written to outside inference mode
             own = torch.empty(images.shape, dtype=images.dtype, device=self.graphs.device)
         own.copy_(images)
         self.graphs.warm_up(lambda: self.run(own))  # an error here is the function's own, and the caller's to see
@@ -197,26 +199,26 @@ class GraphCache:
         return graph
 
     def _capture_within_limit(self, key: Key, images: Tensor) -> Graph | None:
-        """A graph that fits beside those kept, after evictions; None, with a warning, where there can be none."""
+        """A graph that fits beside those kept, after evictions; None, with a warning, if it does not fit."""
         alone = not self.kept
         graph = self._capture(key, images)
         while graph is not None and self.kept and self._bytes(graph) > self.limit_bytes:
             self._evict()
         if graph is not None and not alone and self._bytes(graph) > self.limit_bytes:
-            graph = None  # so that its pool goes before the next one grows
+            graph = None  # so that its pool is freed before the next one grows
             graph = self._capture(key, images)
         if graph is not None and self._bytes(graph) > self.limit_bytes:
             self._give_up(
                 key,
-                f"its graph takes {self._bytes(graph):,} bytes, more than graph_cache_bytes allows, "
-                f"{self.limit_bytes:,}",
+                f"its graph takes {self._bytes(graph):,} bytes, more than the {self.limit_bytes:,} that "
+                "graph_cache_bytes allows",
             )
             graph = None
         return graph
 
     def _capture(self, key: Key, images: Tensor) -> Graph | None:
         if not self.kept:
-            self.graphs.new_pool()  # PyTorch takes no capture into a pool whose graphs are all gone
+            self.graphs.new_pool()  # PyTorch does not capture into a pool whose graphs are all gone
         try:
             replay, labels = self.graphs.capture(lambda: self.run(images))
         except Exception as error:
@@ -233,12 +235,12 @@ class GraphCache:
         warnings.warn(f"images {list(key[0])} run without a CUDA graph: {reason}", stacklevel=2)
 
     def _evict(self) -> None:
-        """Drops the graph used longest ago. Its memory may be written to at once, so the device is done with it."""
+        """Drops the least recently used graph. Its memory may be reused at once, so this waits for the device."""
         self.graphs.finish()
         self.kept.popitem(last=False)
         self.evictions += 1
 
     def _bytes(self, new: Graph | None = None) -> int:
-        """What the kept graphs take, and ``new``, which lies in the pool but is not kept yet."""
+        """The bytes of the kept graphs and of ``new``, which lies in the pool but is not kept yet."""
         graphs = [*self.kept.values(), *([] if new is None else [new])]
         return sum(graph.images.nbytes for graph in graphs) + (self.pool_bytes if graphs else 0)

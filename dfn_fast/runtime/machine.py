@@ -1,4 +1,4 @@
-"""The machine's name, its memory, and the versions of what runs on it."""
+"""The device's name, the peak memory, and the versions of the packages."""
 
 import platform
 import sys
@@ -28,7 +28,7 @@ def device_name(device: torch.device) -> str:
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:
-    """Allocated by PyTorch on a GPU, resident of the whole process on a CPU; None where the system does not tell."""
+    """The peak of PyTorch's allocations on a GPU, of the process's resident memory on a CPU; None if not known."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

@@ -1,9 +1,9 @@
 """Training and evaluation in several processes, started by ``torchrun``: one for each GPU, or several on a CPU.
 
 Each process has the whole network and its slice of every batch; gradients are averaged while the backward pass still
-runs (DistributedDataParallel), or weights, gradients and momenta are sharded too (FSDP). Batch norms take the
-statistics, and losses the means, of the whole batch: N processes compute what one would. One process alone has no
-process group, and nothing here costs it anything.
+runs (DistributedDataParallel), or weights, gradients and momenta are sharded too (FSDP). Batch norms take their
+statistics, and losses their means, from the whole batch, so N processes compute what one would. A single process has
+no process group, and nothing here costs it anything.
 """
 
 import contextlib
@@ -27,8 +27,8 @@ PREFIX = "dfn_fast/"  # of our keys in the store of torchrun's agent
 
 @dataclass(frozen=True)
 class World:
-    """All processes of a run, as one of them sees them. Each method but ``share`` and ``device_name`` must be called
-    by all of them, in the same order."""
+    """All processes of a run, as one of them sees them. Except for ``share`` and ``device_name``, each method must be
+    called by all of them, in the same order."""
 
     rank: int = 0
     size: int = 1
@@ -36,29 +36,29 @@ class World:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the process that shows and writes."""
+        """Whether this is the process that prints and writes files."""
         return self.rank == 0
 
     def share(self, batch_size: int) -> slice:
-        """Which samples of a batch are this process's. Raises :class:`ConfigError` where they cannot be dealt out."""
+        """This process's slice of a batch. Raises :class:`ConfigError` if the batch does not divide evenly."""
         each, left_over = divmod(batch_size, self.size)
         if left_over:
             near = " or ".join(str(n * self.size) for n in (each, each + 1) if n)
             raise ConfigError(
-                f"--batch-size {batch_size} is that of the whole run and cannot be dealt out to {self.size} processes "
-                f"evenly; use a multiple of {self.size}, such as {near}"
+                f"--batch-size {batch_size} is for the whole run and does not divide evenly among {self.size} "
+                f"processes; use a multiple of {self.size}, such as {near}"
             )
         return slice(self.rank * each, (self.rank + 1) * each)
 
     def device_name(self, name: str) -> str:
-        """The device of this process where ``--device`` is ``name``: each has a GPU of its own, or all share the CPU.
+        """The device of this process if ``--device`` is ``name``: each has its own GPU, or all share the CPU.
 
-        Raises :class:`ConfigError` where one GPU is named for several processes, or there are too few.
+        Raises :class:`ConfigError` if one GPU is named for several processes, or if there are too few.
         """
         if self.size == 1 or name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
             return name
         if name not in ("auto", "cuda"):
-            raise ConfigError(f"--device {name} is one for {self.size} processes; write cuda (a GPU for each) or cpu")
+            raise ConfigError(f"--device {name} is one for {self.size} processes; use cuda (a GPU for each) or cpu")
         if self.local_rank >= torch.cuda.device_count():
             raise ConfigError(
                 f"torchrun: more processes than the {torch.cuda.device_count()} CUDA devices of this machine; "
@@ -77,11 +77,11 @@ class World:
         return self.sum(x) / self.size if self.size > 1 else x
 
     def any(self, flag: bool) -> bool:
-        """Whether ``flag`` is set in one process at least."""
+        """Whether ``flag`` is set in at least one process."""
         return flag if self.size == 1 else bool(self.sum(torch.tensor(int(flag))))
 
     def gather(self, items: list[T]) -> list[T]:
-        """The lists of all processes, one behind the other."""
+        """The lists of all processes, joined in the order of their ranks."""
         lists: list[Any] = [items]
         if self.size > 1:
             lists = [None] * self.size
@@ -89,7 +89,7 @@ class World:
         return [item for part in lists for item in part]
 
     def from_first(self, decide: Callable[[], T]) -> T:
-        """What ``decide`` returns in the first process, in all; a :class:`UserError` is raised in all too."""
+        """Calls ``decide`` in the first process and returns its result, or raises its :class:`UserError`, in all."""
         if self.size == 1:
             return decide()
         outcome: list[Any] = [None]
@@ -109,9 +109,9 @@ ALONE = World()
 
 @contextlib.contextmanager
 def processes() -> Iterator[World]:
-    """The world that ``torchrun``'s environment describes: a process group inside where it has more than one process.
+    """The world that ``torchrun``'s environment describes, with a process group inside if it has several processes.
 
-    CUDA tensors travel by NCCL, all others by gloo. Standard output is the first process's alone.
+    CUDA tensors go through NCCL, all others through gloo. Only the first process writes to standard output.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     if not all(name in os.environ for name in names) or os.environ["WORLD_SIZE"] == "1":
@@ -129,12 +129,12 @@ def processes() -> Iterator[World]:
         if not world.is_first:
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
         yield world
-    # Not after an error: the others may wait for this process in the middle of a sum, and would be waited for.
+    # Not after an error: it would wait for the others, which may be waiting for this process in the middle of a sum.
     dist.destroy_process_group()
 
 
 def agent_store() -> "dist.TCPStore | None":
-    """The store of torchrun's agent, which outlives the workers; None where there is no agent, or it lends none."""
+    """The store of torchrun's agent, which outlives the workers; None if there is no agent or it does not share it."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -142,8 +142,8 @@ def agent_store() -> "dist.TCPStore | None":
 
 
 def _start_name(store: "dist.Store", world: World) -> str:
-    """A name for this start of all processes, by the first of them: the store still holds the addresses of those that
-    died. The number of restarts would not do, which the agents of several machines count each for itself."""
+    """A name for this start of all processes, chosen by the first: the store still holds the addresses of those that
+    died. The number of restarts would not do, because each machine's agent counts its own."""
     if not world.is_first:
         question = uuid.uuid4().hex
         store.set(f"{PREFIX}asks/{world.rank}", question)
@@ -156,17 +156,17 @@ def _start_name(store: "dist.Store", world: World) -> str:
             asks = f"{PREFIX}asks/{rank}"
             if store.check([f"{PREFIX}joined/{name}/{rank}"]):
                 missing.remove(rank)
-            elif store.check([asks]):  # perhaps of one that died: asked again until one has joined
+            elif store.check([asks]):  # perhaps from one that died, so repeat until one has joined
                 store.set(f"{PREFIX}answer/{store.get(asks).decode()}", name)
         time.sleep(0.01)
     return name
 
 
 class Agent:
-    """The folder of the run, kept by ``torchrun`` for the processes that it starts in place of those that died.
+    """Keeps the run's folder in ``torchrun`` for the processes that it starts to replace dead ones.
 
-    It lives in the store of torchrun's agent: what one finds there, this very run began. Without torchrun, or where
-    its agent lends no store, nothing is kept.
+    It lives in the store of torchrun's agent, so a folder found there belongs to this very run. Without torchrun, or
+    if its agent does not share its store, nothing is kept.
     """
 
     KEY = PREFIX + "folder"
@@ -175,7 +175,7 @@ class Agent:
         self.store = agent_store()
 
     def folder(self) -> Path | None:
-        """The folder that an earlier start of this run began; None at the first."""
+        """The folder that an earlier start of this run kept; None at the first start."""
         if self.store is None or not self.store.check([self.KEY]):
             return None
         return Path(self.store.get(self.KEY).decode())

@@ -1,8 +1,8 @@
-"""Where the time of a training step goes: a trace that a browser shows, and tables of shares.
+"""Where the time of a training step goes: a trace for a browser, and tables of shares.
 
-Shares are of device time on CUDA, of the main thread's CPU time elsewhere. Forward time belongs to the region (see
-:mod:`dfn_fast.runtime.regions`) that it was spent in; backward time to the region of the forward operation that it is
-the derivative of. Inside a compiled or captured step there are no regions: time is told by kind of operation only.
+Shares are of device time on CUDA, of the main thread's CPU time elsewhere. Forward time counts for the region (see
+:mod:`dfn_fast.runtime.regions`) in which it was spent, backward time for the region of the forward operation that it
+differentiates. A compiled or captured step has no regions: its time is shown by kind of operation only.
 """
 
 import time
@@ -18,11 +18,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from dfn_fast.runtime.regions import PREFIX, named_regions
 
-WARM_UP = 5  # steps before: they compile, capture and choose algorithms
+WARM_UP = 5  # steps before profiling: they compile, capture and choose algorithms
 STEPS = 3
 BACKWARD = "autograd::engine::evaluate_function: "
 GENERATED = ("Torch-Compiled Region", "CompiledFunction", "CompiledFxGraph")
-# Kinds of operation by what a name holds, the first match counts: operators of PyTorch, then kernels by their names.
+# Kinds of operation by parts of their names, PyTorch's operators and then kernels. The first match counts.
 KINDS = {
     "convolutions": ("convolution", "dgrad", "wgrad", "fprop", "implicit_gemm"),
     "generated code": ("triton_", "cpp_fused"),
@@ -33,7 +33,7 @@ KINDS = {
 
 
 class StepProfiler:
-    """Profiles a few steps of a run: :meth:`before` and :meth:`after` each step, :meth:`close` at the end.
+    """Profiles a few steps of a run: call :meth:`before` and :meth:`after` each step, and :meth:`close` at the end.
 
     ``regions``: whether the step has them, that is, runs neither compiled nor captured.
     """
@@ -47,7 +47,7 @@ class StepProfiler:
         self.done = False
 
     def before(self, steps_left: int, epoch_steps: int) -> None:
-        """``steps_left`` of this epoch's ``epoch_steps``: all that is profiled lies in one epoch, where it can."""
+        """Starts profiling once warm, in one epoch if possible: ``steps_left`` of its ``epoch_steps`` are to come."""
         fits = self.seen >= WARM_UP and steps_left >= min(STEPS, epoch_steps)
         if fits and self.profiler is None and not self.done:
             self.wait()
@@ -77,7 +77,7 @@ class StepProfiler:
         self.write(f"trace: {file} (open it at https://ui.perfetto.dev or chrome://tracing)")
 
     def close(self) -> None:
-        """Says so where the run was too short."""
+        """Reports if the run was too short to profile."""
         if not self.done:
             self.done = True
             self.stack.close()
@@ -101,19 +101,19 @@ def report(events: Iterable[Any], steps: int, seconds: float, device: str, regio
             shares["kernels that no operation launched"] = [sum(unlinked.values()), 0.0]
         lines += table("region", shares, steps, seconds)
     else:
-        lines += ["regions vanish inside a compiled or captured step; --no-compile without --cuda-graph shows them"]
+        lines += ["a compiled or captured step has no regions; --no-compile without --cuda-graph shows them"]
     lines += table("kind", _by_kind(events, times, unlinked), steps, seconds)
     return "\n".join(lines)
 
 
 def _own_times(events: list[Any], on_device: bool) -> dict[int, float]:
-    """Microseconds of each operation alone, without those inside it, by ``id``."""
+    """Microseconds of each operation, without those inside it, by ``id``."""
     hosts = (e for e in events if e.device_type == DeviceType.CPU)
     return {id(e): e.self_device_time_total if on_device else e.self_cpu_time_total for e in hosts}
 
 
 def around(event: Any) -> Iterator[Any]:
-    """The operation, and those that it runs in, from the inside to the outside."""
+    """The operation and those that enclose it, the innermost first."""
     while event is not None:
         yield event
         event = event.cpu_parent
@@ -153,7 +153,7 @@ def _region_of(event: Any) -> str | None:
 
 
 def _by_kind(events: list[Any], times: dict[int, float], unlinked: dict[str, float]) -> Times:
-    """Time by kind of operation, the longest first; that of ``unlinked`` kernels stands with the forward pass."""
+    """Time by kind of operation, the longest first; ``unlinked`` kernels count as forward."""
     result: Times = defaultdict(lambda: [0.0, 0.0])
     for event in events:
         if id(event) in times:
@@ -180,13 +180,13 @@ def kind_of(names: list[str]) -> str:
                 return kind
     if any(mark in name for name in names for mark in GENERATED):
         return "generated code"
-    if names[0].endswith("_kernel"):  # as all of dfn_kernels do, which eager mode launches without an operator
+    if names[0].endswith("_kernel"):  # those of dfn_kernels, which eager mode launches without an operator
         return f"kernel {names[0]}"
     return "other operations" if names[0].startswith("aten::") else "host code and the rest"
 
 
 def _operator_of(name: str) -> str:
-    """``dfn_kernels::upsample_add``, from its own name or from that of its derivative."""
+    """An operator such as ``dfn_kernels::upsample_add``, from its own name or that of its derivative."""
     own = name[name.index("dfn_kernels") + len("dfn_kernels") :].strip(":_")
     own = own.split("_default")[0]
     for ending in ("_backward", "Backward", "Backward0", "_bwd"):
@@ -195,7 +195,7 @@ def _operator_of(name: str) -> str:
 
 
 def _unlinked_kernels(events: list[Any]) -> dict[str, float]:
-    """Device time by kernel that no operation of the host is known to have launched, as in a graph's replay."""
+    """Device time of the kernels that no known host operation launched, as in a graph's replay, by name."""
     left: dict[str, float] = defaultdict(float)
     for event in events:
         if event.device_type == DeviceType.CPU:
@@ -207,7 +207,7 @@ def _unlinked_kernels(events: list[Any]) -> dict[str, float]:
 
 
 def table(title: str, times: Times, steps: int, seconds: float) -> list[str]:
-    """Rows of milliseconds a step and shares of the step; what nothing accounts for is the last but one."""
+    """Rows of milliseconds per step and shares of the step; time that nothing accounts for is the last."""
     ms = {name: [t / 1e3 / steps for t in pair] for name, pair in times.items()}
     step = 1e3 * seconds / steps
     idle = step - sum(map(sum, ms.values()))

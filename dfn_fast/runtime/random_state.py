@@ -1,4 +1,4 @@
-"""Seeds, and the state of every random generator, which a run continues from bit by bit."""
+"""Seeds, and the state of every random generator, from which a run continues bit for bit."""
 
 import random
 from typing import Any
@@ -32,7 +32,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """The inverse of :func:`random_state`; generators of other devices than today's are left alone."""
+    """The inverse of :func:`random_state`; skips the CUDA generators if the number of devices has changed."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     name, keys, *rest = state["numpy"]

@@ -1,4 +1,4 @@
-"""Names for the parts of a step, which a profile shows; they cost nothing where none is taken."""
+"""Names for the parts of a step, shown in a profile; they cost nothing while none is taken."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,8 +10,8 @@ _profiling = False
 
 
 def region(name: str) -> contextlib.AbstractContextManager:
-    """The part ``name`` of the network or of the step, from here to the end of the ``with`` statement."""
-    # Asked first: inside torch.compile the switch would be a guard, and turning it a compilation.
+    """Marks the ``with`` block as the part ``name`` of the network or of the step."""
+    # Checked first: inside torch.compile the switch would be a guard, and changing it would recompile.
     if torch.compiler.is_compiling() or not _profiling:
         return contextlib.nullcontext()
     return torch.profiler.record_function(PREFIX + name)
@@ -19,7 +19,7 @@ def region(name: str) -> contextlib.AbstractContextManager:
 
 @contextlib.contextmanager
 def named_regions() -> Iterator[None]:
-    """Regions are recorded inside."""
+    """Records regions inside the ``with`` block."""
     global _profiling
     before, _profiling = _profiling, True
     try:

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a request: the run saves and leaves. A second signal leaves at once."""
+"""SIGINT and SIGTERM as a request to stop: the run saves and exits. A second signal exits at once."""
 
 import os
 import signal
@@ -8,14 +8,14 @@ from types import FrameType
 
 
 class Stopped(Exception):
-    """Raised where a request to stop is met."""
+    """Raised when the run stops because it was asked to."""
 
 
 class StopRequest:
-    """As a context manager, catches the first SIGINT or SIGTERM and remembers it.
+    """A context manager that catches the first SIGINT or SIGTERM and remembers it.
 
-    ``requested`` is looked at by the training loop between two iterations. ``exit_code`` is the shell's for the
-    signal: 130 or 143. Outside the main thread, where signals cannot be caught, it does nothing.
+    The training loop checks ``requested`` between two iterations. ``exit_code`` is the shell's for the signal: 130 or
+    143. Outside the main thread, where signals cannot be caught, it does nothing.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -47,7 +47,7 @@ class StopRequest:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
-            os.write(sys.stderr.fileno(), b"\nleaving at once; the last checkpoint on disk is whole\n")
+            os.write(sys.stderr.fileno(), b"\nexiting at once; the last checkpoint on disk is complete\n")
             os._exit(128 + number)
         self.signal = number
-        os.write(sys.stderr.fileno(), b"\nstopping after this iteration (once more to leave at once)\n")
+        os.write(sys.stderr.fileno(), b"\nstopping after this iteration (interrupt again to exit at once)\n")

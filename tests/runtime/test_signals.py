@@ -34,4 +34,4 @@ def test_the_second_signal_leaves_at_once():
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (130, "still here\n")
-    assert "the last checkpoint on disk is whole" in done.stderr
+    assert "the last checkpoint on disk is complete" in done.stderr
