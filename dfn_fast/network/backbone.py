@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dfn_fast.network.recompute import chain, recomputed, run_blocks
 from dfn_fast.runtime.regions import region
 
-MIN_SIZE = 32  # of an image's sides: the largest stride
+MIN_SIZE = 32  # the shortest side of an image: the largest stride
 
 NormLayer = Callable[[int], nn.Module]
 
@@ -89,7 +89,7 @@ class ResNet(nn.Module):
     """The feature maps of a ResNet at strides 4, 8, 16 and 32.
 
     ``channels`` holds their channel counts: 256, 512, 1024, 2048 with bottlenecks, else 64, 128, 256, 512.
-    ``memory`` is what is computed again in the backward pass, see :mod:`dfn_fast.network.recompute`.
+    ``memory`` selects what the backward pass recomputes, see :mod:`dfn_fast.network.recompute`.
     """
 
     memory = "off"
@@ -128,7 +128,7 @@ class ResNet(nn.Module):
         initialise(self)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """``[B, 3, H, W]`` -> the four maps, strides 4, 8, 16 and 32; sizes are rounded up where not divisible."""
+        """``[B, 3, H, W]`` -> the four maps, strides 4, 8, 16 and 32; sizes are rounded up if not divisible."""
         with region("backbone stem"):
             x = recomputed(self.memory, chain, [self.conv1, self.bn1, self.relu, self.maxpool], x)
         stages = []
@@ -147,7 +147,7 @@ def make_stage(
     stride: int,
     norm_layer: NormLayer,
 ) -> nn.Sequential:
-    """``count`` blocks; the first has the stride, and a projection where the shapes change."""
+    """``count`` blocks; the first has the stride, and a projection if the shapes change."""
     out_channels = width * block.expansion
     downsample = None
     if stride != 1 or in_channels != out_channels:
@@ -160,7 +160,7 @@ def make_stage(
 
 
 def initialise(module: nn.Module) -> None:
-    """He's initialisation (fan in) for every convolution in ``module``; norm layers keep their ones and zeros."""
+    """Initialises every convolution in ``module`` by He's method (fan in); norm layers keep their ones and zeros."""
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight, mode="fan_in", nonlinearity="relu")

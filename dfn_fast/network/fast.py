@@ -1,6 +1,6 @@
-"""FastDFN: the network of :mod:`dfn_fast.network.reference`, the same to the outside and made fast.
+"""FastDFN: the network of :mod:`dfn_fast.network.reference`, with the same interface and made fast.
 
-Parameters, their names, initialisation and checks are the reference's; what differs is which function runs a block:
+Parameters, their names, initialisation and checks are the reference's. Only the functions that run the blocks differ:
 the operators of ``dfn_kernels`` and the exact savings of :mod:`dfn_fast.network.savings`.
 """
 
@@ -21,13 +21,13 @@ from dfn_kernels import channel_attention, upsample_add, upsample_cross_entropy,
 class FastDFN(ReferenceDFN):
     """Discriminative Feature Network; a drop-in for the authors' ``DFN``. Arguments: :class:`ReferenceDFN`.
 
-    With our own criteria (``None``) losses are computed from the small scores: in training no score of the image's
-    size exists. A criterion that is given gets scores at the image's size, as with the authors' network.
-    ``savings`` says what is saved; replace it, ``model.savings = Savings(composed_head=False)``, to see what one gives.
+    With the default criteria (``None``) losses are computed from the small scores: training makes no scores of the
+    image's size. A criterion that you give gets scores at the image's size, as in the authors' network.
+    ``savings`` selects the optimisations. To measure one, assign ``model.savings = Savings(composed_head=False)``.
     """
 
     savings = Savings()
-    memory = "off"  # what the backward pass computes again, see :mod:`dfn_fast.network.recompute`
+    memory = "off"  # what the backward pass recomputes, see :mod:`dfn_fast.network.recompute`
 
     def forward(
         self,
@@ -53,7 +53,7 @@ class FastDFN(ReferenceDFN):
             return dfn_loss(smooth, border, label, aux_label, self.smooth_loss, self.border_loss, self.alpha, shares)
 
     def fuse(self, *, return_border: bool = False, dtype: torch.dtype | None = None, plain: bool = False) -> FusedDFN:
-        """The inference network of the weights as they are now; arguments: :class:`FusedDFN`."""
+        """The inference network for the current weights; arguments: :class:`FusedDFN`."""
         return FusedDFN(self, return_border=return_border, dtype=dtype, plain=plain)
 
     def smooth_loss(self, score: Tensor, label: Tensor) -> Tensor:

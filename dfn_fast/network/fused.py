@@ -1,8 +1,8 @@
 """FusedDFN: the inference network of a DFN, with its weights folded and composed once.
 
-Batch norms are folded into the convolutions before them, in float64; convolution, bias, ReLU and residual are one call
-(:func:`dfn_kernels.fused_conv`); of the heads only the stride-4 one is there, and the Border Network only if it is
-asked for. The savings of :mod:`dfn_fast.network.savings` are made on the weights when the network is built.
+Batch norms are folded into the convolutions before them, in float64. Convolution, bias, ReLU and residual are one call
+(:func:`dfn_kernels.fused_conv`). It has only the stride-4 head, and the Border Network only on request. The savings of
+:mod:`dfn_fast.network.savings` are applied to the weights once, when the network is built.
 """
 
 import copy
@@ -19,14 +19,14 @@ from dfn_fast.network.savings import can_pad, compose, compose_last, gate_parame
 from dfn_kernels import channel_attention, upsample_add
 from dfn_kernels.convolution.fused_conv import Packed, fused_conv, fused_conv_ref
 
-PADDED_TO = 8  # channels that tensor cores and vector units want; 189, 21 and 9 are none
+PADDED_TO = 8  # tensor cores and vector units want multiples of 8; 189, 21 and 9 are not
 
 
 class Convolution(nn.Module):
-    """Convolution, and in the same call bias, ReLU and the addition of a residual. Buffers, not parameters.
+    """A convolution with bias, ReLU and the addition of a residual in the same call. Buffers, not parameters.
 
-    ``norm``, where it cannot be folded (a group norm), runs after the convolution. ``plain`` takes PyTorch's own
-    operators, for export and for torch.compile.
+    A ``norm`` that cannot be folded (a group norm) runs after the convolution. ``plain`` uses PyTorch's own operators,
+    for export and for torch.compile.
     """
 
     weight: Tensor
@@ -43,7 +43,7 @@ class Convolution(nn.Module):
         norm: nn.Module | None = None,
     ):
         super().__init__()
-        # Copies: nothing may change when the model that they come from is trained on.
+        # Copies, so that nothing changes if the model that they come from is trained further.
         self.register_buffer("weight", weight.detach().clone(memory_format=torch.channels_last))
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
         # In float32, for half precision on a CPU: rounded biases change more labels.
@@ -54,7 +54,7 @@ class Convolution(nn.Module):
         self.packed = Packed()
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """``[B, I, H, W]`` (and a residual of the output's shape) -> ``[B, O, h, w]``."""
+        """``[B, I, H, W]``, and a residual of the output's shape -> ``[B, O, h, w]``."""
         if self.norm is not None:
             out = self.norm(F.conv2d(x, self.weight, self.bias, self.stride, self.padding))
             return F.relu(out if residual is None else out + residual) if self.relu else out
@@ -65,24 +65,24 @@ class Convolution(nn.Module):
         return fused_conv(x, self.weight, self.bias if bias is None else bias, residual, packed=self.packed, **settings)
 
     def cast(self, dtype: torch.dtype) -> None:
-        """Weight and features in ``dtype``."""
+        """Makes weight and features ``dtype``."""
         bias = self.bias
         self.to(dtype)
         if bias is not None and dtype in (torch.bfloat16, torch.float16) and not self.plain:
             self.exact_bias = bias.float() if self.exact_bias is None else self.exact_bias.float()
 
     def _apply(self, fn, recurse=True):
-        self.packed = Packed()  # of the weight as it was, on the device and in the dtype that it had
+        self.packed = Packed()  # the old one is for the weight's old device and dtype
         return super()._apply(fn, recurse)
 
     def __getstate__(self):
-        return self.__dict__ | {"packed": Packed()}  # made anew where it is needed; oneDNN's tensors cannot be copied
+        return self.__dict__ | {"packed": Packed()}  # packed again when needed; oneDNN's tensors cannot be copied
 
 
 def _fold(conv: nn.Conv2d | Tensor, norm: nn.Module, channels: int = 0, **settings: Any) -> Convolution:
-    """Convolution and batch norm (running statistics) as one, folded in float64; other norm layers stay.
+    """Folds a batch norm (running statistics) into a convolution, in float64; other norm layers stay.
 
-    ``conv`` is a convolution without bias or its weight; the outputs are padded with zeros up to ``channels``.
+    ``conv`` is a convolution without bias, or its weight; the outputs are padded with zeros up to ``channels``.
     """
     weight, stride = (conv, 1) if isinstance(conv, Tensor) else (conv.weight, conv.stride[0])
     settings = {"stride": stride, **settings}
@@ -115,9 +115,9 @@ class FusedBlock(nn.Module):
 
 
 class FusedRRB(nn.Module):
-    """An RRB whose 1x1 and first 3x3 convolution are one where that is less work.
+    """An RRB whose 1x1 and first 3x3 convolution are composed into one if that is less work.
 
-    ``last`` is what a head puts behind it: its 1x1 convolution, composed with ``conv_refine``. ``inputs`` and ``width``
+    ``last`` is the 1x1 convolution that a head puts after it, composed with ``conv_refine``. ``inputs`` and ``width``
     are channel counts, padded with zeros.
     """
 
@@ -186,16 +186,16 @@ class FusedGate(nn.Module):
 
 
 class FusedDFN(nn.Module):
-    """The inference network of ``model``, in its eval mode; ``FastDFN.fuse()`` makes one too. ``model`` is not touched.
+    """The inference network of ``model`` in eval mode; ``FastDFN.fuse()`` makes one too. ``model`` is not changed.
 
     Args:
         model: a ReferenceDFN or FastDFN.
         return_border: keeps the Border Network, for :meth:`border_scores`.
-        dtype: of weights and features; None: the model's. Folding and composing is float64, rounded once.
-        plain: PyTorch's own operators only and no padded channels, for ``torch.export`` and ONNX.
+        dtype: of weights and features; defaults to the model's. Folding and composing use float64 and round once.
+        plain: uses only PyTorch's own operators and no padded channels, for ``torch.export`` and ONNX.
 
     It has buffers and no parameters, is always in eval mode, and follows ``.to(device)`` but not later changes of the
-    model's weights. A convolution's weight is kept a second time, as the CPU wants it, once it has run on one.
+    model's weights. Once it has run on a CPU, it keeps a second copy of each convolution's weight in the CPU's layout.
     """
 
     def __init__(
@@ -249,7 +249,7 @@ class FusedDFN(nn.Module):
         self.eval()
 
     def cast(self, dtype: torch.dtype) -> None:
-        """Weights and features in ``dtype``; the gates' linear layers in float32 or better."""
+        """Makes weights and features ``dtype``, and the gates' linear layers float32 or better."""
         high = torch.float64 if dtype == torch.float64 else torch.float32
         for module in self.modules():
             if isinstance(module, FusedGate):

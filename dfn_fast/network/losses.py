@@ -18,13 +18,13 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def _mean_over(loss: Tensor, valid: Tensor) -> Tensor:
-    """Mean of ``loss`` where ``valid``; 0 where nothing is."""
+    """The mean of ``loss`` over the ``valid`` pixels; 0 if there are none."""
     return loss.sum() / valid.sum().clamp(min=1)
 
 
 def cross_entropy(scores: Tensor, labels: Tensor, ignore_index: int = 255) -> Tensor:
     """Softmax cross entropy. ``scores`` ``[B, K, H, W]``, ``labels`` ``[B, H, W]`` of any integer dtype -> scalar."""
-    # One row a pixel: the two-dimensional form of nll_loss has no deterministic CUDA kernel.
+    # One row per pixel: the two-dimensional form of nll_loss has no deterministic CUDA kernel.
     rows = at_least_float32(scores).permute(0, 2, 3, 1).reshape(-1, scores.shape[1])
     loss = F.cross_entropy(rows, labels.reshape(-1).long(), ignore_index=ignore_index, reduction="sum")
     return loss / (labels != ignore_index).sum().clamp(min=1)
@@ -44,7 +44,7 @@ def focal_loss(
     signed = at_least_float32(logits.squeeze(1)) * torch.where(border, 1.0, -1.0)  # logit of the true side
     # Not torch.where of two numbers, which gives float32 whatever the scores are.
     alpha_t = (1 - alpha) + (2 * alpha - 1) * border.to(signed.dtype)
-    # exp(gamma * log) and not a power: that of a gamma below 1 has an infinite gradient where 1 - p_t is 0.
+    # exp(gamma * log), not a power: with gamma below 1 its gradient is infinite where 1 - p_t is 0.
     loss = -alpha_t * torch.exp(gamma * F.logsigmoid(-signed)) * F.logsigmoid(signed)
     return _mean_over(loss * valid, valid)
 
@@ -54,7 +54,7 @@ def torchseg_focal_loss(
 ) -> Tensor:
     """The loss that TorchSeg's published DFN was trained with: for comparison with it only.
 
-    It puts the probability where the formula wants the logit, so its value is never positive and its minimum lies at
+    It uses the probability where the formula has the logit, so its value is never positive and its minimum lies at
     "border everywhere". With ``p = sigmoid(logit)`` and ``t`` the target it is the mean over *all* pixels, ignored
     ones counting 0, of ``-(alpha (1-p)^gamma (p - p t) + (1-alpha) p^gamma log(1 + exp(-p)))``.
     """
@@ -101,7 +101,7 @@ def dfn_loss(
 ) -> Tensor:
     """Eq. 7: ``sum of criterion(smooth score) + border_weight * sum of aux_criterion(border score)``.
 
-    ``shares`` ``[2]``: factors of both sums, for a process that has a part of the batch alone.
+    ``shares`` ``[2]``: a factor for each of the two sums, for a process that has only a part of the batch.
     """
     loss = torch.stack([criterion(score, labels) for score in smooth_scores]).sum()
     if shares is not None:

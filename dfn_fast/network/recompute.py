@@ -1,7 +1,7 @@
 """Less activation memory for more arithmetic: parts of the forward pass run again in the backward pass.
 
-``"norm"`` keeps what convolutions return and computes again what lies between them: normalisation, ReLU, additions.
-``"blocks"`` keeps what residual blocks return and computes again all that is inside them. Results are the same.
+``"norm"`` keeps the outputs of convolutions and recomputes normalisation, ReLU and additions between them.
+``"blocks"`` keeps the outputs of residual blocks and recomputes everything inside them. Results are the same.
 """
 
 import contextlib
@@ -13,18 +13,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
-GROUP = 4  # blocks that "norm" computes again as one: what a block returns is then kept for every fourth alone
+GROUP = 4  # blocks that "norm" recomputes as one, so that only every fourth block's output is kept
 Contexts = tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]
 
 
 def set_recompute(model: nn.Module, mode: str) -> None:
-    """``model``, a FastDFN, computes again what ``mode`` says: in its backbone; with "blocks" in all its RRBs too."""
+    """Makes ``model``, a FastDFN, recompute by ``mode``: in its backbone, and with "blocks" in every RRB too."""
     model.backbone.memory = mode  # type: ignore[assignment, union-attr]
     model.memory = mode if mode == "blocks" else "off"  # type: ignore[assignment]
 
 
 def run_blocks(stage: nn.Sequential, x: Tensor, mode: str) -> Tensor:
-    """The blocks of a backbone's stage, one after the other."""
+    """Runs the blocks of a backbone's stage, one after the other."""
     if mode == "off":
         return stage(x)
     blocks, size = list(stage), GROUP if mode == "norm" else 1
@@ -40,16 +40,16 @@ def chain(blocks: Iterable[nn.Module], x: Tensor) -> Tensor:
 
 
 def recomputed(mode: str, fn: Callable[..., Any], *args: Any, **settings: Any) -> Any:
-    """``fn(*args, **settings)``; what ``mode`` does not keep of it is computed again in the backward pass.
+    """``fn(*args, **settings)``; the backward pass recomputes everything that ``mode`` does not keep.
 
-    Running statistics of the modules among ``args`` move once. ``fn`` must not draw random numbers.
+    Running statistics of the modules among ``args`` are updated once. ``fn`` must not draw random numbers.
     """
     if mode == "off" or not torch.is_grad_enabled():
         return fn(*args, **settings)
     context: Callable[[], Contexts] = _convolutions_kept if mode == "norm" else noop_context_fn
     if not torch.compiler.is_compiling():
         context = partial(_statistics_kept, context, [m for arg in args for m in _modules_in(arg)])
-    elif mode == "blocks":  # a compiled graph has one update of the statistics anyway, and takes no other contexts
+    elif mode == "blocks":  # a compiled graph updates the statistics once anyway, and takes no other contexts
         return checkpoint(partial(fn, **settings), *args, use_reentrant=False, preserve_rng_state=False)
     return checkpoint(partial(fn, **settings), *args, use_reentrant=False, preserve_rng_state=False, context_fn=context)
 
@@ -68,20 +68,20 @@ def _convolutions_kept() -> Contexts:
 
 
 def policy(context: Any, operator: Any, *args: Any, **settings: Any) -> CheckpointPolicy:
-    """Convolutions are kept, and our own operators, which are no cheaper."""
+    """Keeps convolutions and our own operators, which cost as much."""
     costly = operator is torch.ops.aten.convolution.default or operator.namespace == "dfn_kernels"
     return CheckpointPolicy.MUST_SAVE if costly else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _statistics_kept(context: Callable[[], Contexts], modules: Sequence[nn.Module]) -> Contexts:
-    """The contexts of the forward pass and of its repetition, the latter on copies of all buffers."""
+    """The contexts of the forward pass and of its recomputation, the latter on copies of all buffers."""
     forward, again = context()
     return forward, _on_copies(modules, again)
 
 
 @contextlib.contextmanager
 def _on_copies(modules: Sequence[nn.Module], inner: contextlib.AbstractContextManager) -> Iterator[None]:
-    """The buffers of ``modules`` are copies inside: norm layers may update them, and no update stays."""
+    """Replaces the buffers of ``modules`` with copies inside: norm layers may update them, but no update stays."""
     own = [(module, dict(module._buffers)) for module in modules if module._buffers]
     try:
         for module, buffers in own:

@@ -1,7 +1,7 @@
 """DFN in plain PyTorch, to be read beside the paper (Yu et al., CVPR 2018): the oracle of every parity test.
 
 Sections and equations are the paper's. Every resize is bilinear with ``align_corners=True``, to the size of the
-feature that it meets. Parameter names are those of the published checkpoints.
+feature map that it is combined with. Parameter names are those of the published checkpoints.
 """
 
 from collections.abc import Sequence
@@ -23,8 +23,8 @@ from dfn_fast.network.losses import Criterion, CrossEntropyLoss, SigmoidFocalLos
 
 
 class Scores(NamedTuple):
-    """Scores at the image's size: ``smooth`` ``[B, K, H, W]`` from stride 32 to stride 4, the last being the
-    segmentation; ``border`` ``[B, 1, H, W]`` from the lowest stage to the highest, the last having seen them all."""
+    """Scores at the image's size: ``smooth`` ``[B, K, H, W]`` from stride 32 to stride 4, the last is the
+    segmentation; ``border`` ``[B, 1, H, W]`` from the lowest stage to the highest, the last has seen them all."""
 
     smooth: list[Tensor]
     border: list[Tensor]
@@ -85,7 +85,7 @@ class ReferenceDFN(nn.Module):
         self.smooth_pre_rrbs = nn.ModuleList(rrb(c, channels, norm_layer) for c in high_to_low)
         self.cabs = nn.ModuleList(ChannelAttentionBlock(channels) for _ in high_to_low if channel_attention)
         self.smooth_aft_rrbs = nn.ModuleList(rrb(channels, channels, norm_layer) for _ in high_to_low)
-        # A head that deep supervision would have leaves a nn.Identity, so that the others keep their names.
+        # Without deep supervision nn.Identity stands for the missing heads, so that the others keep their names.
         supervised = [deep_supervision, deep_supervision, deep_supervision, True]
         self.smooth_heads = nn.ModuleList(
             Head(channels, num_classes, norm_layer) if has_head else nn.Identity() for has_head in supervised
@@ -93,7 +93,7 @@ class ReferenceDFN(nn.Module):
         if border:
             width = border_channels
             self.border_pre_rrbs = nn.ModuleList(rrb(c, width, norm_layer) for c in low_to_high)
-            # The first is in every published checkpoint and never used.
+            # The first is never used, but is in every published checkpoint.
             self.border_aft_rrbs = nn.ModuleList(rrb(width, width, norm_layer) for _ in low_to_high)
             self.border_heads = nn.ModuleList(
                 Head(width, 1, norm_layer) if has_head else nn.Identity() for has_head in supervised
@@ -109,7 +109,7 @@ class ReferenceDFN(nn.Module):
 
     @property
     def business_layer(self) -> list[nn.Module]:
-        """Every module with parameters but the backbone: what the published recipe trains ten times as fast."""
+        """Every module with parameters but the backbone: the published recipe gives it ten times the learning rate."""
         criteria = (self.criterion, self.aux_criterion)
         return [m for m in self.children() if m is not self.backbone and m not in criteria]
 
@@ -131,7 +131,7 @@ class ReferenceDFN(nn.Module):
         return dfn_loss(*scores, label, aux_label, self.criterion, self.aux_criterion, self.alpha, shares)
 
     def scores(self, data: Tensor) -> Scores:
-        """The scores of all heads before softmax and sigmoid; what the losses see."""
+        """The scores of all heads before softmax and sigmoid, as the losses see them."""
         stages = self.stages(data)
         border = self.border_network(stages, data.shape[2:]) if self.has_border else []
         return Scores(self.smooth_network(stages, data.shape[2:]), border)
@@ -180,7 +180,7 @@ class ReferenceDFN(nn.Module):
         return scores
 
     def arguments(self) -> dict[str, Any]:
-        """The keyword arguments that build this network again; criteria and norm layer are not among them."""
+        """The keyword arguments that rebuild this network, without criteria and norm layer."""
         return {**infer_arguments(self.state_dict()), "alpha": self.alpha}
 
     def save_pretrained(
@@ -193,5 +193,5 @@ class ReferenceDFN(nn.Module):
     def from_pretrained(
         cls, path: str | Path, *, device: str | torch.device = "cpu", channels_last: bool = True, **overrides: Any
     ) -> Self:
-        """The network of such a folder, in eval mode; see :func:`dfn_fast.checkpoint.folder.load_folder`."""
+        """Loads the network from such a folder, in eval mode; see :func:`dfn_fast.checkpoint.folder.load_folder`."""
         return load_folder(cls, path, checked_arguments, device=device, channels_last=channels_last, **overrides)

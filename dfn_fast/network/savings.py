@@ -15,25 +15,25 @@ from dfn_fast.network.blocks import Head, RefinementResidualBlock, SqueezeGate
 from dfn_kernels import conv3x3
 from dfn_kernels.common.backend import full_precision
 
-TENSOR_CORE_CHANNELS = 8  # channel counts that the tensor cores of a GPU want are multiples of this, in half precision
+TENSOR_CORE_CHANNELS = 8  # a GPU's tensor cores want channel counts that are multiples of this, in half precision
 
 
 @dataclass(frozen=True)
 class Savings:
-    """What :class:`dfn_fast.network.fast.FastDFN` saves; each switch alone changes speed and memory, not results."""
+    """The optimisations of :class:`dfn_fast.network.fast.FastDFN`. They change speed and memory, but not results."""
 
     channel_attention: bool = True  # a CAB as one operator; off: resize, concatenate, pool, gate, add
     upsample_add: bool = True  # a resize and an addition as one operator
     fused_losses: bool = True  # losses of the small scores; off: of scores at the image's size
-    composed_rrb: bool = True  # conv3x3(conv1x1(x)) as one conv3x3, where x has few channels
+    composed_rrb: bool = True  # conv3x3(conv1x1(x)) as one conv3x3, if x has few channels
     composed_head: bool = True  # a head's last 1x1 convolution as part of the 3x3 convolution before it
     winograd: bool = True  # 3x3 convolutions of many channels by Winograd's algorithm, on a CPU
-    one_head: bool = True  # in inference only the head that is read
+    one_head: bool = True  # in inference, only the head whose scores are returned
     pad_channels_to: int | None = None  # inside heads and Border Network; None: 8 on a GPU, else 1
 
     @classmethod
     def none(cls) -> "Savings":
-        """All switched off."""
+        """Savings with every switch off."""
         return cls(False, False, False, False, False, False, False, 1)
 
     def conv3x3(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ def round_up(n: int, multiple: int) -> int:
 
 
 def pad(weight: Tensor, *size: int) -> Tensor:
-    """``weight`` with zeros behind its first dimensions up to ``size``; itself where it has that size."""
+    """``weight`` with its first dimensions padded with zeros up to ``size``; unchanged if it has that size."""
     missing = [n - have for n, have in zip(size, weight.shape, strict=False)]
     if not any(missing):
         return weight
@@ -59,23 +59,27 @@ def pad(weight: Tensor, *size: int) -> Tensor:
 
 
 def compose(after: Tensor, before: Tensor) -> Tensor:
-    """The weight of ``conv(conv1x1(x, before), after)`` as one convolution: ``[O, M, k, k]`` and ``[M, I, 1, 1]``.
+    """The weight of ``conv(conv1x1(x, before), after)`` as one convolution.
 
-    Exact with zero padding too, as the 1x1 convolution has no bias. The result is channels_last.
+    ``after`` is ``[O, M, k, k]``, ``before`` ``[M, I, 1, 1]``. This is exact with zero padding too, because the 1x1
+    convolution has no bias. The result is channels_last.
     """
     with full_precision(after.device):
         return (after.permute(0, 2, 3, 1) @ before.flatten(1)).permute(0, 3, 1, 2)
 
 
 def compose_last(last: Tensor, before: Tensor) -> Tensor:
-    """The weight of ``conv1x1(conv(x, before), last)`` as one convolution: ``[O, M, 1, 1]`` and ``[M, I, k, k]``."""
+    """The weight of ``conv1x1(conv(x, before), last)`` as one convolution.
+
+    ``last`` is ``[O, M, 1, 1]``, ``before`` ``[M, I, k, k]``.
+    """
     with full_precision(last.device):
         rows = before.permute(0, 2, 3, 1)  # [M, k, k, I]
         return (last.flatten(1) @ rows.flatten(1)).view(-1, *rows.shape[1:]).permute(0, 3, 1, 2)
 
 
 def pays(pixels: int, saved: int, products: int) -> bool:
-    """Whether ``saved`` multiplications a pixel are more than the ``products`` that composing costs, forward and
+    """Whether ``saved`` multiplications per pixel are more than the ``products`` that composing costs, forward and
     backward alike."""
     return pixels * saved > products
 
@@ -85,7 +89,7 @@ def _pixels_of(x: Tensor) -> int:
 
 
 def norm(layer: nn.Module, x: Tensor) -> Tensor:
-    """A norm layer on x ``[B, C, H, W]``, whose channels past the layer's own are zeros and stay so."""
+    """Applies a norm layer to x ``[B, C, H, W]``. Channels beyond the layer's own are zeros and stay zeros."""
     channels = layer.weight.shape[0] if isinstance(layer.weight, Tensor) else x.shape[1]
     if channels == x.shape[1]:
         return layer(x)
@@ -101,7 +105,7 @@ def norm(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def can_pad(layer: nn.Module) -> bool:
-    """Whether channels of zeros change nothing for the others: batch norms; a group norm mixes channels."""
+    """Whether channels of zeros change nothing for the others: true for a batch norm; a group norm mixes channels."""
     return isinstance(layer, nn.modules.batchnorm._BatchNorm)
 
 
@@ -118,7 +122,7 @@ def refine(block: RefinementResidualBlock, x: Tensor, width: int, savings: Savin
 
 
 def rrb(block: RefinementResidualBlock, x: Tensor, savings: Savings, *, padded: bool = False) -> Tensor:
-    """An RRB; ``padded``: its channels may be padded with zeros, those of x too."""
+    """An RRB. If ``padded``, its channels may be padded with zeros, and those of x too."""
     channels = block.conv_refine.weight.shape[0]
     width = savings.padded(channels, x) if padded and can_pad(block.cbr.bn) and block.cbr.bn.affine else channels
     shortcut, t = refine(block, x, width, savings)
@@ -127,7 +131,7 @@ def rrb(block: RefinementResidualBlock, x: Tensor, savings: Savings, *, padded: 
 
 
 def head_scores(head: Head, x: Tensor, savings: Savings) -> Tensor:
-    """A head's scores at the size of x. The shortcut's share is ``conv1x1`` of what the RRB has computed anyway."""
+    """A head's scores at the size of x. The shortcut's share is ``conv1x1`` of a tensor that the RRB has anyway."""
     block, last, bias = head.rrb, head.conv.weight, head.conv.bias
     scores, hidden = last.shape[:2]
     padding = can_pad(block.cbr.bn) and block.cbr.bn.affine
