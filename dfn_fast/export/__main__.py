@@ -1,6 +1,6 @@
 """``python -m dfn_fast.export``: the inference network as a ``torch.export`` program, AOTInductor package or ONNX file.
 
-The file is loaded again and compared with the model that it was made of, on random images.
+The file is loaded again and compared with the model on random images.
 """
 
 import argparse
@@ -24,13 +24,13 @@ from dfn_fast.inference.loading import LoadedModel, load_model
 from dfn_fast.network.backbone import MIN_SIZE
 from dfn_fast.runtime.device import choose_device
 
-ONNX_BYTES = 2**31 - 2**20  # what one protobuf message holds, less what is not weights
+ONNX_BYTES = 2**31 - 2**20  # limit of a protobuf message, less a reserve for all but weights
 
 EPILOG = f"""\
 The exported network takes normalised RGB, float32 [B, 3, H, W], and returns log-probabilities [B, K, H, W]; with
 --labels it takes RGB uint8 [B, H, W, 3] and returns class ids, uint8 [B, H, W]. Class names, colours and a
-description of input and output are in the file. Batch norm is folded and every operator a plain one. --dynamic takes
-any batch and any H and W from {MIN_DYNAMIC}. The exit code is 1 where the file does not give what the model gives.
+description of input and output are in the file. Batch norm is folded, and every operator is a plain one. --dynamic
+accepts any batch and any H and W from {MIN_DYNAMIC}. The exit code is 1 if the file's results are not the model's.
 
 formats:
   pt2    torch.export program         torch.export.load(FILE, extra_files={{"{EXTRA_FILE}": ""}}).module()
@@ -50,22 +50,26 @@ def parser() -> cli.Parser:
         description="Write a network for deployment, and check what was written.",
         epilog=EPILOG,
     )
-    result.add_argument("checkpoint", metavar="CHECKPOINT", help="of ours, of DFN's authors, or a saved folder")
+    result.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="checkpoint of ours or of DFN's authors, or a saved folder"
+    )
     result.add_argument("output", type=Path, metavar="OUTPUT", help="the file, .onnx or .pt2; replaced if it exists")
     result.add_argument(
         "--format", choices=tuple(SUFFIXES), metavar="NAME", help="pt2, aoti or onnx (default: by suffix, pt2 for .pt2)"
     )
-    result.add_argument("--labels", action="store_true", help="from uint8 images to uint8 class ids")
+    result.add_argument("--labels", action="store_true", help="take uint8 images and return uint8 class ids")
     result.add_argument(
-        "--size", type=cli.size, default=(512, 512), metavar="SIZE", help="of the images, HxW (default: 512x512)"
+        "--size", type=cli.size, default=(512, 512), metavar="SIZE", help="size of the images, HxW (default: 512x512)"
     )
     batch = result.add_mutually_exclusive_group()
     batch.add_argument("--batch", type=int, default=1, metavar="N", help="images at a time (default: 1)")
-    batch.add_argument("--dynamic", action="store_true", help="any batch and size; --size is then what is checked")
+    batch.add_argument("--dynamic", action="store_true", help="accept any batch and size; --size is for the check only")
     result.add_argument(
-        "--device", default="auto", help="cuda, cpu or auto: of pt2 and aoti files, which have one (default: auto)"
+        "--device", default="auto", help="cuda, cpu or auto: the device of a pt2 or aoti file (default: auto)"
     )
-    result.add_argument("--opset", type=int, metavar="N", help=f"of ONNX, {OPSET} to {LAST_OPSET} (default: {OPSET})")
+    result.add_argument(
+        "--opset", type=int, metavar="N", help=f"ONNX opset, {OPSET} to {LAST_OPSET} (default: {OPSET})"
+    )
     return result
 
 
@@ -100,7 +104,7 @@ def _format_of(arguments: argparse.Namespace) -> str:
     if name is None:
         raise ConfigError(f"{arguments.output}: expected a name that ends in .onnx or .pt2, or give --format")
     if SUFFIXES[name] != suffix:
-        raise ConfigError(f"{arguments.output}: --format {name} wants a name that ends in {SUFFIXES[name]}")
+        raise ConfigError(f"{arguments.output}: --format {name} needs a name that ends in {SUFFIXES[name]}")
     return name
 
 
@@ -109,7 +113,7 @@ def _check_arguments(arguments: argparse.Namespace, file_format: str) -> None:
     if min(arguments.size) < smallest:
         height, width = arguments.size
         dynamic = " with --dynamic" if arguments.dynamic else ""
-        raise ConfigError(f"--size {height}x{width}: expected at least {smallest} each way{dynamic}")
+        raise ConfigError(f"--size {height}x{width}: expected at least {smallest} in each direction{dynamic}")
     if arguments.batch < 1:
         raise ConfigError(f"--batch {arguments.batch}: expected at least 1 image")
     if arguments.opset is not None:
@@ -125,8 +129,8 @@ def _check_network(loaded: LoadedModel, arguments: argparse.Namespace, file_form
     size = sum(tensor.nbytes for tensor in loaded.model.state_dict().values())
     if file_format == "onnx" and size > ONNX_BYTES:
         raise ConfigError(
-            f"--format onnx: one file holds less than {ONNX_BYTES / 1e9:.1f} GB, this network has {size / 1e9:.1f} GB; "
-            "use --format pt2 or aoti"
+            f"--format onnx: one file holds less than {ONNX_BYTES / 1e9:.1f} GB, but this network has "
+            f"{size / 1e9:.1f} GB; use --format pt2 or aoti"
         )
 
 

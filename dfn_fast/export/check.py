@@ -1,4 +1,4 @@
-"""An exported file against the network it came from."""
+"""Compares an exported file with the network it came from."""
 
 import sys
 from pathlib import Path
@@ -12,11 +12,11 @@ from dfn_fast.network.reference import ReferenceDFN
 
 # The largest difference allowed, as a share of the range of the log-probabilities.
 TOLERANCE = 1e-4
-TOLERANCE_TF32 = 1e-2  # convolutions of a GPU, unless told otherwise, keep ten bits of their inputs
+TOLERANCE_TF32 = 1e-2  # by default, convolutions on a GPU keep ten bits of their inputs
 
 
 def random_images(shape: tuple[int, int, int], labels: bool, device: torch.device) -> Tensor:
-    """Batch, height and width -> what the exported network takes."""
+    """Random input of the exported network. ``shape`` is batch, height and width."""
     generator = torch.Generator().manual_seed(0)
     batch, height, width = shape
     if labels:
@@ -25,33 +25,38 @@ def random_images(shape: tuple[int, int, int], labels: bool, device: torch.devic
 
 
 def compare(path: Path, file_format: str, model: ReferenceDFN, shapes: list[tuple[int, int, int]], labels: bool) -> int:
-    """Compares the file with the model and prints the largest differences. Returns the exit code: 1 where they differ,
-    or where the file does not load or run; it stays where it is."""
+    """Compares the file with the model and prints the largest differences.
+
+    Returns the exit code: 1 if they differ, or if the file does not load or run. The file is kept.
+    """
     device = next(model.parameters()).device
     images = [random_images(shape, labels, device) for shape in shapes]
     try:
         with torch.no_grad(), quiet():
             exported = read(path, file_format)
             results = [exported(image) for image in images]
-    except Exception as error:  # whatever it is, the file is no good
+    except Exception as error:  # whatever the error, the file cannot be used
         print(f"FAILED: {path} does not load or run: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
     code = 0
     for (batch, height, width), image, result in zip(shapes, images, results, strict=True):
         largest, allowed = difference(result, model, image)
-        passed = largest <= allowed  # not so for nan
+        passed = largest <= allowed  # False for nan
         verdict = f"largest difference {largest:.3g}, tolerance {allowed:.3g}: {'ok' if passed else 'FAILED'}"
         print(f"batch {batch}, {height}x{width}: {verdict}")
         code |= not passed
     if code:
-        print(f"{path} does not give what the model gives; it is kept, but do not deploy it", file=sys.stderr)
+        print(f"{path} does not give the same results as the model; it is kept, but do not deploy it", file=sys.stderr)
     return code
 
 
 @torch.no_grad()
 def difference(result: Tensor, model: ReferenceDFN, image: Tensor) -> tuple[float, float]:
-    """The largest difference from the model's log-probabilities, and what is allowed. For labels it is what the label's
-    log-probability falls short of the pixel's largest. Infinite where shape, dtype or a label is impossible."""
+    """The largest difference from the model's log-probabilities, and the largest allowed.
+
+    For labels it is how far the label's log-probability lies below the pixel's largest. It is infinite if shape, dtype
+    or a label is impossible.
+    """
     labels = image.dtype == torch.uint8
     expected = model(normalize(image.permute(0, 3, 1, 2)) if labels else image)  # [B, K, H, W]
     tolerance = TOLERANCE_TF32 if image.is_cuda and torch.backends.cudnn.allow_tf32 else TOLERANCE

@@ -23,13 +23,13 @@ from dfn_fast.network.backbone import MIN_SIZE
 
 SUFFIXES = {"pt2": ".pt2", "aoti": ".pt2", "onnx": ".onnx"}
 PACKAGES = {"pt2": (), "aoti": (), "onnx": ("onnx", "onnxscript", "onnxruntime")}
-OPSET, LAST_OPSET = 18, 23  # 18 is what PyTorch writes; others are converted from it
-MIN_DYNAMIC = MIN_SIZE + 1  # a size of 1 at stride 32 is a case of its own to torch.export
+OPSET, LAST_OPSET = 18, 23  # PyTorch writes 18; others are converted from it
+MIN_DYNAMIC = MIN_SIZE + 1  # torch.export treats a size of 1 at stride 32 as a special case
 EXTRA_FILE = "dfn.json"  # the metadata of a torch.export program
 
 
 def require_tools(file_format: str) -> None:
-    """Raises :class:`ConfigError` where a package or the C++ compiler that the format needs is not there."""
+    """Raises :class:`ConfigError` if a package or the C++ compiler that the format needs is missing."""
     for package in PACKAGES[file_format]:
         try:
             importlib.import_module(package)
@@ -56,7 +56,7 @@ def dynamic_shapes(image: Tensor) -> tuple[dict[int, Any]]:
 
 
 def export_program(network: nn.Module, image: Tensor, dynamic: bool) -> torch.export.ExportedProgram:
-    """Raises :class:`ConfigError` where this PyTorch cannot export for any size, as 2.11 cannot."""
+    """Exports ``network``. Raises :class:`ConfigError` if this PyTorch, such as 2.11, cannot export dynamic sizes."""
     from torch._dynamo.exc import UserError, UserErrorType
 
     try:
@@ -66,14 +66,14 @@ def export_program(network: nn.Module, image: Tensor, dynamic: bool) -> torch.ex
         if not dynamic or error.error_type != UserErrorType.CONSTRAINT_VIOLATION:
             raise
         raise ConfigError(
-            f"--dynamic: PyTorch {torch.__version__} cannot export this network for any size; use PyTorch 2.13 or "
+            f"--dynamic: PyTorch {torch.__version__} cannot export this network for all sizes; use PyTorch 2.13 or "
             "later, or leave --dynamic out and give --size and --batch"
         ) from error
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the exporters' remarks on their own code and on packages that this network does not need."""
+    """Silences the exporters' remarks on their own code and on packages that this network does not need."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -94,9 +94,9 @@ def write(
     dynamic: bool = False,
     opset: int = OPSET,
 ) -> None:
-    """Writes ``path``, ``notes`` in it; a file that was there is replaced when the new one is whole.
+    """Writes ``program`` and ``notes`` to ``path``. An old file is replaced only once the new one is whole.
 
-    Raises :class:`ConfigError` where it cannot be written, or the network not be converted to ``opset``.
+    Raises :class:`ConfigError` if it cannot be written, or the network cannot be converted to ``opset``.
     """
     try:
         with replacing(path) as file, torch.no_grad(), quiet():
@@ -108,7 +108,7 @@ def write(
                 torch.export.save(program, file, extra_files={EXTRA_FILE: json.dumps(notes)})
     except OSError as error:
         raise ConfigError(
-            f"{path} cannot be written ({error.strerror or error}); choose a folder that exists and can be"
+            f"{path} cannot be written ({error.strerror or error}); choose a folder that exists and is writable"
         ) from error
 
 
@@ -138,13 +138,13 @@ def _write_onnx(
     result.model.metadata_props.update(notes)
     content = result.model_proto
     written = {entry.domain: entry.version for entry in content.opset_import}
-    if written[""] != opset:  # where a conversion fails, PyTorch goes on with what it had
+    if written[""] != opset:  # if a conversion fails, PyTorch keeps the opset it had
         raise ConfigError(f"--opset {opset}: this network could not be converted to it; use {written['']}")
     file.write(content.SerializeToString())
 
 
 def read(path: Path, file_format: str) -> Callable[[Tensor], Tensor]:
-    """The function in an exported file."""
+    """Loads an exported file as a function."""
     if file_format == "pt2":
         return torch.export.load(path).module()
     if file_format == "aoti":

@@ -27,12 +27,12 @@ class Labels(nn.Module):
 
 
 def inference_network(model: ReferenceDFN) -> nn.Module:
-    """The network with its batch norms folded and of plain operators alone, in eval mode."""
+    """The network with its batch norms folded and only plain operators, in eval mode."""
     return FusedDFN(model, plain=True)
 
 
 def metadata(loaded: LoadedModel, labels: bool) -> dict[str, str]:
-    """What a user of the file must know; values are JSON or text."""
+    """The metadata for users of the file; values are JSON or text."""
     normalised = "RGB, (value / 255 - mean) / std, float32 [B, 3, H, W]"
     return {
         "classes": json.dumps(loaded.classes),

@@ -197,7 +197,7 @@ def test_a_file_that_differs_exits_with_1_and_stays(tiny, here, monkeypatch, cap
     assert main(["-", "dfn.pt2", "--size", "64", "--device", "cpu", *["--labels"][: int(labels)]]) == 1
     printed = capsys.readouterr()
     assert "FAILED" in printed.out
-    assert "dfn.pt2 does not give what the model gives; it is kept" in printed.err
+    assert "dfn.pt2 does not give the same results as the model; it is kept" in printed.err
     assert [path.name for path in here.iterdir()] == ["dfn.pt2"]
 
 
@@ -233,9 +233,12 @@ def test_an_error_while_writing_leaves_the_old_file(tiny, here, monkeypatch):
     ("arguments", "text"),
     [
         (["dfn.bin"], r"dfn\.bin: expected a name that ends in \.onnx or \.pt2, or give --format"),
-        (["dfn.onnx", "--format", "aoti"], r"--format aoti wants a name that ends in \.pt2"),
-        (["dfn.pt2", "--size", "31x64"], "--size 31x64: expected at least 32 each way"),
-        (["dfn.pt2", "--size", "32", "--dynamic"], "--size 32x32: expected at least 33 each way with --dynamic"),
+        (["dfn.onnx", "--format", "aoti"], r"--format aoti needs a name that ends in \.pt2"),
+        (["dfn.pt2", "--size", "31x64"], "--size 31x64: expected at least 32 in each direction"),
+        (
+            ["dfn.pt2", "--size", "32", "--dynamic"],
+            "--size 32x32: expected at least 33 in each direction with --dynamic",
+        ),
         (["dfn.pt2", "--batch", "0"], "--batch 0: expected at least 1"),
         (["dfn.pt2", "--opset", "18"], "--opset belongs to --format onnx"),
         (["dfn.onnx", "--opset", "17"], "--opset 17: expected 18 to 23"),
