@@ -1,4 +1,4 @@
-"""``python -m dfn_fast.data``: checks a data set, shows how each lies on disk, converts SBD's labels."""
+"""``python -m dfn_fast.data``: checks a data set, shows the layouts on disk, converts SBD's labels."""
 
 import argparse
 import os
@@ -25,8 +25,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the command named first with the arguments after it; returns the exit code."""
     parser = cli.Parser(
         prog=PROG,
-        description="Data sets: see how they lie on disk, check yours, convert SBD.",
-        epilog=f"`{PROG} COMMAND --help` tells a command's options.\n\n" + layouts(),
+        description="Data sets: see their layouts on disk, check yours, convert SBD.",
+        epilog=f"`{PROG} COMMAND --help` shows a command's options.\n\n" + layouts(),
     )
     parser.add_argument(
         "command",
@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
         help="check: read every file of a data set; list: show the data sets and their folders; "
         "convert-sbd: make VOC's train_aug from SBD",
     )
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the command's own")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the command's own arguments")
     chosen = parser.parse_args(arguments)
     return COMMANDS[chosen.command](chosen.arguments)
 
@@ -42,25 +42,27 @@ def main(arguments: list[str] | None = None) -> int:
 def _check_command(arguments: list[str]) -> int:
     parser = cli.Parser(
         prog=f"{PROG} check",
-        description="Reads every image and label of a data set. Exit code: 0 when all is well, 1 when\n"
-        "something is wrong with the data, 2 when the command is.",
+        description="Reads every image and label of a data set. Exit code: 0 if all is well, 1 if\n"
+        "something is wrong with the data, 2 if something is wrong with the command.",
     )
     parser.add_argument("dataset", metavar="DATASET", choices=list(DATASETS), help=f"one of {', '.join(DATASETS)}")
     parser.add_argument("--root", metavar="DIR", help=f"the data set's folder; `{PROG} list` shows what is in it")
     parser.add_argument("--split", nargs="+", metavar="SPLIT", help="splits to read (default: train and val)")
-    parser.add_argument("--num-classes", type=int, metavar="N", help="of a folder or list without classes.txt")
-    parser.add_argument("--classes", metavar="FILE", help="classes of a folder or list: a name, or name R G B, a line")
-    parser.add_argument("--allow-outside-root", action="store_true", help="let lists name files not below --root")
+    parser.add_argument("--num-classes", type=int, metavar="N", help="number of classes, if there is no classes.txt")
+    parser.add_argument(
+        "--classes", metavar="FILE", help="classes of a folder or list, one per line: name, or name R G B"
+    )
+    parser.add_argument("--allow-outside-root", action="store_true", help="let lists name files outside --root")
     cores = min(8, os.cpu_count() or 1)
     parser.add_argument(
-        "--workers", type=int, metavar="N", default=cores, help="threads (default: one a core, up to 8)"
+        "--workers", type=int, metavar="N", default=cores, help="threads (default: one per core, up to 8)"
     )
     parser.add_argument("--json", metavar="FILE", help="write everything found to this file too")
     chosen = parser.parse_args(arguments)
     if chosen.workers < 1:
         raise ConfigError(f"--workers {chosen.workers}: expected at least 1")
     if chosen.json and not Path(chosen.json).parent.is_dir():
-        raise ConfigError(f"--json {chosen.json}: its folder does not exist; make it first")
+        raise ConfigError(f"--json {chosen.json}: its folder does not exist; create it first")
     report = check(
         chosen.dataset,
         chosen.root,
@@ -89,7 +91,7 @@ def _convert_sbd_command(arguments: list[str]) -> int:
     parser = cli.Parser(
         prog=f"{PROG} convert-sbd",
         description="Makes VOC's SegmentationClassAug and train_aug.txt from SBD's .mat files (needs SciPy).\n"
-        "Labels that are there already are kept, so an interrupted run can be started again.",
+        "Existing labels are kept, so an interrupted run can be started again.",
     )
     parser.add_argument("sbd_root", metavar="SBD_ROOT", help="the folder of the unpacked benchmark.tgz")
     parser.add_argument("voc_root", metavar="VOC_ROOT", help="VOC2012, or VOCdevkit; the labels are written there")
@@ -99,7 +101,7 @@ def _convert_sbd_command(arguments: list[str]) -> int:
     if done.sbd_images:
         print(
             f"{done.sbd_images} of the images are not in VOC's JPEGImages: the list takes them from SBD's img folder. "
-            "Where that is not below --root, --allow-outside-root lets it be read"
+            "If that is not below --root, read it with --allow-outside-root"
         )
     if done.images != DATASETS["voc"].counts["train_aug"]:
         print(f"note: the published train_aug has {DATASETS['voc'].counts['train_aug']} images")
@@ -114,10 +116,10 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 
 
 def layouts() -> str:
-    """Every data set with its splits and its directory tree."""
+    """Every data set with its splits and its directory tree, as text."""
     blocks = []
     for name, entry in DATASETS.items():
-        splits = f"splits: {', '.join(entry.splits)}" if entry.splits else "splits: by what is in the root"
+        splits = f"splits: {', '.join(entry.splits)}" if entry.splits else "splits: they depend on the root"
         blocks.append(f"{name}: {entry.description}\n  {splits}\n{textwrap.indent(entry.tree, '  ')}".rstrip())
     return "\n\n".join(blocks)
 
@@ -159,7 +161,7 @@ def _class_name(value: int, report: Report) -> str:
 
 
 def _percent(share: np.floating) -> str:
-    """Two decimals, but never 0.00 for something that is there."""
+    """Per cent with two decimals, but never 0.00 for a share above 0."""
     return "-" if not share else "<0.01 %" if share < 5e-5 else f"{100 * share:.2f} %"
 
 

@@ -1,4 +1,4 @@
-"""What a data set is: named classes, a palette, and pairs of image and label files (or scenes made on the spot)."""
+"""The form of a data set: named classes, a palette, and pairs of image and label files (or generated scenes)."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +15,7 @@ class Sample(NamedTuple):
 
     image: np.ndarray  # [H, W, 3] RGB uint8
     label: np.ndarray  # [H, W] uint8: class ids, 255 = ignore
-    name: str  # unique in its split, without folder-breaking characters other than "/": names outputs and errors
+    name: str  # for outputs and errors: unique in its split, without characters that file names cannot have, except "/"
 
 
 class Pair(NamedTuple):
@@ -29,8 +29,8 @@ class Pair(NamedTuple):
 class SegmentationDataset:
     """A split of a data set: ``dataset[i]`` is a :class:`Sample`.
 
-    Subclasses set ``classes`` (names) and ``palette`` (``[K, 3]`` RGB uint8) and pass their pairs; one whose label
-    files do not hold class ids overrides :meth:`class_ids`.
+    Subclasses set ``classes`` (names) and ``palette`` (``[K, 3]`` RGB uint8) and pass their pairs. If the label files
+    do not hold class ids, the subclass overrides :meth:`class_ids`.
     """
 
     name: str = ""
@@ -54,7 +54,7 @@ class SegmentationDataset:
         return [pair.name for pair in self.pairs]
 
     def class_ids(self, raw: np.ndarray, path: Path) -> np.ndarray:
-        """The label file's values as class ids and 255; the default takes them as they are."""
+        """The label file's values as class ids and 255; by default unchanged."""
         return raw
 
     def __getitem__(self, index: int) -> Sample:
@@ -65,7 +65,7 @@ class SegmentationDataset:
         return Sample(image, label, pair.name)
 
     def check_sample(self, image: np.ndarray, label: np.ndarray, pair: Pair) -> None:
-        """Raises :class:`DataError` where sizes differ or the label holds a value that is no class."""
+        """Raises :class:`DataError` if sizes differ, or if the label holds a value that is not a class."""
         if image.shape[:2] != label.shape:
             raise DataError(
                 f"{pair.label}: expected a label of the image's size {image.shape[1]}x{image.shape[0]} "
@@ -75,13 +75,13 @@ class SegmentationDataset:
         wrong = [int(v) for v in used if v >= self.num_classes and v != IGNORE]
         if wrong:
             raise DataError(
-                f"{pair.label}: label values {wrong[:5]} are no class of {self.name!r}: expected "
+                f"{pair.label}: label values {wrong[:5]} are not classes of {self.name!r}; expected "
                 f"0..{self.num_classes - 1}, or {IGNORE} for pixels to ignore"
             )
 
 
 def require_folder(path: Path, what: str, remedy: str) -> Path:
-    """``path``, or a :class:`DataError` that says what is missing there and how to get it."""
+    """``path`` if it is a folder; raises a :class:`DataError` that says what is missing and how to get it."""
     if not path.is_dir():
-        raise DataError(f"{path}: {what} is not there. {remedy}")
+        raise DataError(f"{path}: {what} is missing. {remedy}")
     return path

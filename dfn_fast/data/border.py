@@ -1,4 +1,4 @@
-"""Border targets: what the Border Network learns (Yu et al., CVPR 2018, section 3.2), from a label map by Canny."""
+"""Border targets, which the Border Network learns (Yu et al., CVPR 2018, section 3.2): Canny edges of a label map."""
 
 from collections.abc import Sequence
 
@@ -11,9 +11,9 @@ from dfn_fast.errors import ConfigError, DataError
 def border_targets(label: np.ndarray, width: int = 7, ignore_index: int = 255) -> np.ndarray:
     """1 on the borders between classes, 0 elsewhere, 255 where the label is ``ignore_index``.
 
-    Pixels to ignore take the nearest class first: they have no border against their surroundings, and the ring that
-    PASCAL VOC draws around objects has its border in its middle. Then Canny's edges of each class's own mask are
-    joined, so the numbers that classes have do not matter, and dilated by an ellipse.
+    Ignored pixels first take the nearest class. So they have no border against their surroundings, and the ring that
+    PASCAL VOC draws around objects has its border in its middle. Then the Canny edges of each class's mask are joined,
+    so that class numbers do not matter, and dilated by an ellipse.
 
     Args:
         label: ``[H, W]`` uint8 class ids, any size from 1 x 1.
@@ -41,13 +41,13 @@ def border_targets(label: np.ndarray, width: int = 7, ignore_index: int = 255) -
 
 
 def check_width(width: int) -> None:
-    """Raises :class:`ConfigError` where ``width`` is no border width."""
+    """Raises :class:`ConfigError` unless ``width`` is odd and positive."""
     if width < 1 or width % 2 == 0:
         raise ConfigError(f"border width: expected an odd number of pixels (1, 3, 5, ...), got {width}")
 
 
 def fill_with_nearest(label: np.ndarray, void: np.ndarray) -> np.ndarray:
-    """``label`` with every ``void`` pixel given the class of the nearest pixel that is not; one at least is not."""
+    """``label`` with every ``void`` pixel set to the class of the nearest other pixel; there must be at least one."""
     mask = void.astype(np.uint8)
     box = around(cv2.boundingRect(mask), 1)  # every void pixel's nearest valid pixel lies in it
     label, mask = label.copy(), mask[box]
@@ -84,6 +84,6 @@ def _touches_another(label: np.ndarray) -> np.ndarray:
 
 
 def around(rectangle: Sequence[int], margin: int) -> tuple[slice, slice]:
-    """The slices of OpenCV's ``(x, y, width, height)`` with a margin, cut at the upper and left side of the image."""
+    """The slices of OpenCV's ``(x, y, width, height)`` with a margin, cut off at the image's top and left side."""
     x, y, width, height = rectangle
     return slice(max(y - margin, 0), y + height + margin), slice(max(x - margin, 0), x + width + margin)

@@ -1,7 +1,7 @@
-"""Every file of a data set, read once: what ``python -m dfn_fast.data check`` tells before a training run finds out.
+"""Reads every file of a data set once: ``python -m dfn_fast.data check`` finds errors before a training run does.
 
-Problems make the exit code 1: files that cannot be read or do not belong together, label values that are no class, and
-an image that is in a training split and in a validation split. Warnings and notes do not.
+Problems make the exit code 1: files that cannot be read or do not belong together, label values that are not classes,
+and images that are both in a training split and in a validation split. Warnings and notes do not.
 """
 
 import hashlib
@@ -22,27 +22,27 @@ from dfn_fast.data.registry import build_dataset, find_entry
 from dfn_fast.errors import DataError
 from dfn_fast.media.images import IMAGE_SUFFIXES, open_image, read_label
 
-_MODES = {  # what is done to an image whose mode is not RGB
-    "greyscale, read as three equal channels": ("1", "L"),
-    "of a palette, read as RGB": ("P",),
-    "with an alpha channel, which is dropped": ("LA", "PA", "RGBA"),
-    "in CMYK, read as RGB": ("CMYK",),
+_MODES = {  # how an image is read if its mode is not RGB
+    "are greyscale, read as three equal channels": ("1", "L"),
+    "have a palette, read as RGB": ("P",),
+    "have an alpha channel, which is dropped": ("LA", "PA", "RGBA"),
+    "are in CMYK, read as RGB": ("CMYK",),
 }
 
 
 class Observation(NamedTuple):
-    """What one sample is found to be; ``size`` and ``pixels`` are None where they cannot be known."""
+    """The findings on one sample; ``size`` and ``pixels`` are None if they cannot be known."""
 
     size: tuple[int, int] | None  # width, height
     pixels: np.ndarray | None  # [256] int64: how many pixels have each class id
-    mode: str  # Pillow's name for the image file's channels, "" where there is no such file
+    mode: str  # Pillow's name for the image file's channels, "" if there is no such file
     digest: bytes | None  # of the image file's bytes
     problems: list[str]
 
 
 @dataclass
 class SplitReport:
-    """What the samples of one split are found to be."""
+    """The findings on the samples of one split."""
 
     split: str
     names: list[str] = field(default_factory=list)
@@ -54,11 +54,11 @@ class SplitReport:
     notes: list[str] = field(default_factory=list)
 
     def shares(self) -> np.ndarray:
-        """The share of each class id among all pixels, ``[256]``; 0 where no label could be read."""
+        """The share of each class id among all pixels, ``[256]``; 0 if no label could be read."""
         return self.pixels / max(1, self.pixels.sum())
 
     def size_summary(self) -> dict[str, tuple[int, int]]:
-        """The (width, height) of the images of least, median and most pixels, and the most common one."""
+        """The (width, height) of the images with the fewest, median and most pixels, and the most common size."""
         if not self.sizes:
             return {}
         ordered = sorted(self.sizes.elements(), key=lambda size: size[0] * size[1])
@@ -72,7 +72,7 @@ class SplitReport:
 
 @dataclass
 class Report:
-    """What :func:`check` found."""
+    """The findings of :func:`check`."""
 
     dataset: str
     root: str | None
@@ -91,7 +91,7 @@ class Report:
         return [f"{s.split}: {note}" for s in self.splits for note in s.notes] + self.notes
 
     def as_json(self) -> dict[str, Any]:
-        """All that was found, in plain types; pixel shares are fractions, class ids are keys."""
+        """The report in plain types; pixel shares are fractions, class ids are keys."""
         return {
             "dataset": self.dataset,
             "root": self.root,
@@ -122,8 +122,7 @@ def check(
 ) -> Report:
     """Reads every sample of the splits, by default the data set's train and val, in ``workers`` threads.
 
-    A split that is not laid out as it should be is a problem of the report; an option that makes no sense raises
-    :class:`ConfigError`.
+    A split with a wrong layout is a problem in the report; an option that makes no sense raises :class:`ConfigError`.
     """
     entry = find_entry(name)
     asked = splits or [entry.train, entry.val]
@@ -146,7 +145,7 @@ def check(
 
 
 def _check_split(dataset: SegmentationDataset, split: str, workers: int, published: int | None) -> SplitReport:
-    """Reads every sample of ``dataset``; ``published`` is the number of images that others have in this split."""
+    """Reads every sample of ``dataset``; ``published`` is the number of images in the published split."""
     report = SplitReport(split, dataset.names())
     modes: Counter[str] = Counter()
     only_ignored = 0
@@ -163,13 +162,13 @@ def _check_split(dataset: SegmentationDataset, split: str, workers: int, publish
             report.digests[seen.digest].append(name)
     absent = [name for i, name in enumerate(dataset.classes) if not report.pixels[i]]
     if absent:
-        report.warnings.append(f"classes that no label has: {', '.join(absent)}")
+        report.warnings.append(f"classes that are in no label: {', '.join(absent)}")
     report.notes += _notes(report, modes, only_ignored, published)
     return report
 
 
 def _observation(dataset: SegmentationDataset, index: int) -> Observation:
-    """Reads one sample, and goes on after an error: an image and its label may both be wrong."""
+    """Reads one sample and continues after an error, because an image and its label may both be wrong."""
     pair = dataset.pairs[index] if dataset.pairs else None
     mode, digest = _image_file(pair.image) if pair else ("", None)
     try:
@@ -189,14 +188,14 @@ def _observation(dataset: SegmentationDataset, index: int) -> Observation:
 
 
 def _overlaps(reports: list[SplitReport]) -> tuple[list[str], list[str]]:
-    """Problems and notes on what the splits share, two by two, by content and by name."""
+    """Problems and notes about the images that each two splits share, by content and by name."""
     problems: list[str] = []
     notes: list[str] = []
     for a, b in itertools.combinations(reports, 2):
         same = [names[0] for digest, names in a.digests.items() if digest in b.digests]
         renamed = set(a.names) & set(b.names) - set(same)
         if same:
-            text = f"{a.split} and {b.split} share {len(same)} images of identical content: {_first(same)}"
+            text = f"{a.split} and {b.split} share {len(same)} images with identical content: {_first(same)}"
             (problems if _must_differ(a.split, b.split) else notes).append(text)
         if renamed and _must_differ(a.split, b.split):
             notes.append(
@@ -206,7 +205,7 @@ def _overlaps(reports: list[SplitReport]) -> tuple[list[str], list[str]]:
 
 
 def _must_differ(a: str, b: str) -> bool:
-    """Training splits may contain each other, as trainval contains val; none may meet a split to measure on."""
+    """Training splits may contain each other, as trainval contains val; no other may overlap with val or test."""
     names = [Path(split).stem for split in (a, b)]  # a list's split may be a path
     held_out = [("val" in name or "test" in name) and not name.startswith("train") for name in names]
     return any(held_out) and "trainval" not in names
@@ -218,7 +217,7 @@ def _observe(dataset: SegmentationDataset, workers: int) -> Iterator[Observation
 
 
 def _image_file(path: Path) -> tuple[str, bytes | None]:
-    """Pillow's mode and a hash of the content; "" and None for what cannot be read: reading the sample tells why."""
+    """Pillow's mode and a hash of the content; "" and None for an unreadable file: reading the sample says why."""
     digest = hashlib.blake2b(digest_size=16)
     try:
         with open_image(path) as image, path.open("rb") as file:
@@ -236,16 +235,16 @@ def _histogram(labels: np.ndarray) -> np.ndarray:
 def _notes(report: SplitReport, modes: Counter[str], only_ignored: int, published: int | None) -> list[str]:
     notes = []
     if published not in (None, len(report.names)):
-        notes.append(f"{len(report.names)} images, where the published split has {published}")
+        notes.append(f"{len(report.names)} images, but the published split has {published}")
     for what, group in _MODES.items():
         count = sum(modes[mode] for mode in group)
         if count:
             notes.append(f"{count} images {what}")
     if only_ignored:
-        notes.append(f"{only_ignored} labels are {IGNORE} throughout")
+        notes.append(f"{only_ignored} labels are {IGNORE} everywhere")
     twice = [names for names in report.digests.values() if len(names) > 1]
     if twice:
-        notes.append(f"{len(twice)} images are there more than once: {_first([' = '.join(names) for names in twice])}")
+        notes.append(f"{len(twice)} images occur more than once: {_first([' = '.join(names) for names in twice])}")
     return notes
 
 

@@ -1,4 +1,4 @@
-"""Training batches: an order and an augmentation that follow from the seed alone, whatever the number of workers."""
+"""Training batches: order and augmentation depend only on the seed, whatever the number of workers."""
 
 import contextlib
 import multiprocessing
@@ -25,7 +25,7 @@ from dfn_fast.errors import ConfigError, DataError, UserError
 
 
 class Batch(NamedTuple):
-    """What one forward pass of training takes."""
+    """The input of one training step."""
 
     images: Tensor  # [B, 3, H, W] RGB uint8, channels_last
     labels: Tensor  # [B, H, W] uint8, 255 = ignore
@@ -34,19 +34,19 @@ class Batch(NamedTuple):
 
 
 class TrainLoader:
-    """Batches of augmented samples, shuffled anew for each epoch.
+    """Batches of augmented samples, reshuffled for each epoch.
 
     Epoch ``e`` has ``len(dataset) // batch_size`` batches; the samples left over differ from epoch to epoch. Its
-    order follows from ``(seed, e)``, a sample's augmentation from ``(seed, e, index)``. The processes that load live
-    from the first epoch to the end; 0 ``workers``: the main process loads. One epoch is drawn at a time.
-    ``share``: which samples of each batch are loaded, where several processes share it.
+    order depends on ``(seed, e)``, and a sample's augmentation on ``(seed, e, index)``. Workers live from the first
+    epoch to the end; with 0 ``workers`` the main process loads. Only one epoch can be read at a time.
+    ``share``: the samples of each batch to load, if several processes share it.
 
-    A worker that dies, and a batch that does not come for ``timeout`` seconds (0: no limit), is a :class:`DataError`
-    with the samples that were being loaded; the workers are ended then, and the next epoch starts others. Without
-    workers nothing watches: a file that hangs, hangs the main process.
+    If a worker dies, or a batch takes more than ``timeout`` seconds (0: no limit), a :class:`DataError` names the
+    samples that were being loaded. All workers are then killed, and the next epoch starts new ones. Without workers
+    there is no such check: a file that hangs also hangs the main process.
 
     Raises:
-        ConfigError: the data set has less than a batch, or the seed is negative.
+        ConfigError: the data set is smaller than a batch, or the seed is negative.
     """
 
     def __init__(
@@ -71,9 +71,9 @@ class TrainLoader:
         if seed < 0:
             raise ConfigError(f"seed: expected 0 or more, got {seed}")
         self.size, self.batch_size, self.seed, self.share = len(dataset), batch_size, seed, share
-        self._keys: list[list[SampleKey]] = []  # of the epoch being drawn; the DataLoader reads it at each start
+        self._keys: list[list[SampleKey]] = []  # of the current epoch; the DataLoader reads it at each start
         self._dataset, self._timeout, self._pin_memory = dataset, timeout, pin_memory
-        self._hung: str | None = None  # which samples no batch came for
+        self._hung: str | None = None  # the error after a timeout
         self._progress = torch.zeros(workers, 3, dtype=torch.float64).share_memory_()
         self._samples = AugmentedSamples(dataset, transform, seed, self._progress)
         self._loader = self._new_loader()
@@ -89,7 +89,7 @@ class TrainLoader:
             pin_memory=self._pin_memory,
             worker_init_fn=partial(start_worker, progress=self._progress),
             persistent_workers=workers > 0,
-            generator=torch.Generator(),  # each start draws a number, which must not come out of torch's global state
+            generator=torch.Generator(),  # each start draws a number, which must not come from torch's global state
         )
 
     def __len__(self) -> int:
@@ -99,7 +99,7 @@ class TrainLoader:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from number ``start`` on.
 
-        An error in a data set's file arrives here as itself, from whichever process met it.
+        An error in a data set's file is raised here unchanged, whichever process found it.
         """
         order = np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=(epoch,))).permutation(self.size)
         batches = order[: len(self) * self.batch_size].reshape(len(self), self.batch_size)[start:, self.share]
@@ -110,16 +110,16 @@ class TrainLoader:
                     try:
                         raise batch
                     finally:
-                        del batch  # it would hold this frame, and the frame it: the workers would outlive their loader
+                        del batch  # it and this frame would hold each other, and the workers would outlive their loader
                 yield batch
 
     def _in_time(self) -> Iterator[Batch | UserError]:
-        """The loader's batches. Where one does not come within the limit, all workers are killed, which ends the wait.
+        """The loader's batches. If one takes longer than the limit, all workers are killed, which ends the wait.
 
-        PyTorch's own ``timeout`` waits without a limit where a worker hangs between sending a batch and handing over
+        PyTorch's own ``timeout`` waits without a limit if a worker hangs between sending a batch and handing over
         its memory.
         """
-        # The first time it forks, which is better done without a thread of ours.
+        # The first call forks, which is better done without a thread of ours.
         with self._time_limit() if self._started else _signals_held_back():
             batches = iter(self._loader)
         self._started = True
@@ -142,14 +142,14 @@ class TrainLoader:
         finally:
             timer.cancel()
             if watching:
-                timer.join()  # or its thread may be the last to hold the loader, and end the workers beside this one
+                timer.join()  # its thread must not be the last to hold the loader, or it ends the workers beside ours
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        """A worker's death or silence becomes a :class:`DataError` here, and all workers are ended.
+        """Turns a worker's death or timeout into a :class:`DataError`, and ends all workers.
 
-        PyTorch raises a death by a signal handler, wherever the main thread is: a loop over batches belongs in this
-        context too.
+        PyTorch reports a death from a signal handler, wherever the main thread is, so a loop over batches belongs in
+        this context too.
         """
         try:
             yield
@@ -162,34 +162,34 @@ class TrainLoader:
             raise DataError(text) from None
 
     def _death(self, error: Exception) -> str | None:
-        """What is to be said of ``error`` if a worker's death is the cause of it."""
+        """The message if a worker's death caused ``error``, else None."""
         reason = str(error).splitlines()[0] if str(error) else ""
         if isinstance(error, RuntimeError):
             if not re.match(r"DataLoader worker \(pid|Pin memory thread exited", reason):
                 return None
         else:
-            time.sleep(0.5)  # its connections break before it has ended
+            time.sleep(0.5)  # a worker's connections break before it has ended
         alive = {process.pid for process in multiprocessing.active_children()}
         dead = [row for row in self._progress.tolist() if row[0] and row[0] not in alive]
         if not dead and not isinstance(error, RuntimeError):
             return None
         return (
-            f"a loading process has died ({reason.rstrip('. ')}). It was at:{self._samples_text(dead)}\nLook at these "
-            "files, and at the memory: a system without any left kills processes, fewer --workers need less. "
+            f"a loading process has died ({reason.rstrip('. ')}). It was at:{self._samples_text(dead)}\nCheck these "
+            "files and the memory: a system that runs out of it kills processes, and fewer --workers need less. "
             "--workers 0 loads in the main process and shows its error"
         )
 
     def _kill_silent(self) -> None:
         self._hung = (
             f"no batch came from the loading processes for {self._timeout:g} s (--loader-timeout). They were at:"
-            f"{self._samples_text(self._progress.tolist())}\nIs the file system that these files are on there? A slow "
+            f"{self._samples_text(self._progress.tolist())}\nIs the file system of these files available? A slow "
             "one needs a higher --loader-timeout, or more --workers"
         )
         for worker in self._workers():
             worker.kill()
 
     def _samples_text(self, rows: list[list[float]]) -> str:
-        """The samples that the workers of these rows of ``_progress`` are at, a line each."""
+        """The samples that the workers of these rows of ``_progress`` are loading, one per line."""
         lines = [
             f"{self._sample_text(int(number) - 1)}, for {time.time() - start:.0f} s"
             for _, number, start in rows
@@ -208,19 +208,19 @@ class TrainLoader:
         return [process for process in multiprocessing.active_children() if process.pid in pids]
 
     def _end_workers(self) -> None:
-        """Kills them: one that hangs obeys no other signal. The next epoch starts new ones."""
+        """Kills the workers: one that hangs obeys no other signal. The next epoch starts new ones."""
         workers = self._workers()
         for worker in workers:
             worker.kill()
         for worker in workers:
-            worker.join(10)  # a process that the kernel holds, as a lost disk does, ends with the machine
+            worker.join(10)  # a process that hangs in the kernel, as after a lost disk, ends only with the machine
         self._hung = None
         self._progress.zero_()
         self._loader = self._new_loader()
 
 
 class SampleKey(NamedTuple):
-    """Names one augmented sample; travels to the process that makes it."""
+    """Names one augmented sample; sent to the process that makes it."""
 
     epoch: int
     number: int  # in the data set
@@ -228,9 +228,9 @@ class SampleKey(NamedTuple):
 
 @dataclass
 class AugmentedSamples(Dataset):
-    """``samples[key]``: image, label, border target and name, or the error that kept them from being made.
+    """``samples[key]``: image, label, border target and name, or the error that prevented them.
 
-    An error is returned, since torch would wrap one that is raised in a worker's traceback.
+    Errors are returned, because torch would wrap a raised one in a worker's traceback.
     """
 
     dataset: SegmentationDataset
@@ -268,10 +268,10 @@ def collate(samples: list) -> Batch | UserError:
 
 
 def start_worker(worker: int, progress: Tensor) -> None:
-    """Says who it is; one thread for OpenCV (torch's loader sees to torch's), and signals are left to the main process.
+    """Records the worker's process id, limits OpenCV to one thread, and leaves signals to the main process.
 
-    Ctrl-C and a cluster's SIGTERM reach every process of the run. The main one saves and then ends its workers; one
-    that went by itself would break the saving.
+    Torch's loader itself limits torch to one thread. Ctrl-C and a cluster's SIGTERM reach every process of the run.
+    The main one saves and then ends its workers; a worker that exited by itself would break the saving.
     """
     progress[worker, 0] = os.getpid()
     cv2.setNumThreads(0)
@@ -284,7 +284,7 @@ def start_worker(worker: int, progress: Tensor) -> None:
 
 
 def _obey_parent(parent: int) -> None:
-    """Waits for SIGTERM and exits where it comes from ``parent``."""
+    """Waits for a SIGTERM from ``parent`` and exits."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)
@@ -292,7 +292,7 @@ def _obey_parent(parent: int) -> None:
 
 @contextlib.contextmanager
 def _signals_held_back() -> Iterator[None]:
-    """SIGINT and SIGTERM wait meanwhile, in the processes that are started too: until those can leave them alone."""
+    """Blocks SIGINT and SIGTERM inside, also in the processes started there, until those can ignore them."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -305,7 +305,7 @@ def _signals_held_back() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _ignored_child_signals() -> Iterator[None]:
-    """PyTorch's handler would raise for a worker that we end ourselves; once it is waited for, it does not."""
+    """Disables PyTorch's handler, which would raise for a worker that we end ourselves until it is waited for."""
     if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
         yield
         return

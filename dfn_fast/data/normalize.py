@@ -1,4 +1,4 @@
-"""Images as the network takes them: ImageNet's mean and standard deviation."""
+"""Normalises images for the network, with ImageNet's mean and standard deviation."""
 
 from functools import lru_cache
 
@@ -29,6 +29,6 @@ def normalize(
 
 @lru_cache(maxsize=16)
 def scale_and_shift(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """``x * scale + shift``, kept on the device: a copy to it for every batch would wait for its stream."""
+    """The factors of ``x * scale + shift``, cached on the device: copying them for each batch would wait for it."""
     mean, std = (torch.tensor(v, dtype=torch.float64).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
     return (1 / (255 * std)).to(device, dtype), (-mean / std).to(device, dtype)

@@ -1,4 +1,4 @@
-"""The data sets by name: what the command lines can be asked for, and how each lies on disk."""
+"""The data sets by name, as the commands take them, and the layout of each on disk."""
 
 import os
 import textwrap
@@ -29,10 +29,10 @@ class Entry:
 
     description: str  # one line
     build: Callable[..., SegmentationDataset]
-    tree: str = ""  # how it lies on disk, for help
-    train: str = "train"  # the splits that are trained and validated on, unless told otherwise
+    tree: str = ""  # the layout on disk, for help
+    train: str = "train"  # the default splits for training and validation
     val: str = "val"
-    splits: tuple[str, ...] = ()  # all splits; none: they depend on what is in root
+    splits: tuple[str, ...] = ()  # all splits; none if they depend on the root
     needs_root: bool = True
     free_classes: bool = False  # takes num_classes= and classes=
     lists: bool = False  # a file in root names other files; takes allow_outside_root=
@@ -41,7 +41,7 @@ class Entry:
 
 DATASETS: dict[str, Entry] = {
     "synthetic": Entry(
-        "scenes made on the spot from a seed, nothing to download",
+        "scenes generated from a seed, nothing to download",
         _synthetic,
         splits=("train", "val"),
         needs_root=False,
@@ -94,7 +94,7 @@ DATASETS: dict[str, Entry] = {
 
 
 class JoinedDataset(SegmentationDataset):
-    """Several splits of one data set as one; names that repeat get their split in front, as in ``train_coarse/...``."""
+    """Several splits of one data set as one. If names repeat, the split goes in front, as in ``train_coarse/...``."""
 
     def __init__(self, parts: list[SegmentationDataset]):
         self.parts = parts
@@ -136,10 +136,10 @@ def build_dataset(
 ) -> SegmentationDataset:
     """A split of the data set ``name``, or several joined by ``+`` as in ``"train+train_extra"``.
 
-    ``num_classes`` and ``classes`` (a file) say what ``folder`` and ``list`` hold; ``seed`` is that of ``synthetic``.
-    ``allow_outside_root`` lets a list of image files name such that are not below ``root``.
-    Raises :class:`ConfigError` for an unknown name or split and a root that is missing, and :class:`DataError` for a
-    root that is not laid out as ``DATASETS[name].tree`` shows.
+    ``num_classes`` and ``classes`` (a file) give the classes of ``folder`` and ``list``; ``seed`` is for ``synthetic``.
+    ``allow_outside_root`` lets a list of image files name files that are not below ``root``.
+    Raises :class:`ConfigError` for an unknown name or split or a missing root, and :class:`DataError` for a root that
+    is not laid out as ``DATASETS[name].tree`` shows.
     """
     entry = find_entry(name)
     folder_path = _root(name, entry, root)
@@ -147,14 +147,14 @@ def build_dataset(
     if entry.free_classes:
         options = {"num_classes": num_classes, "classes": classes}
     elif classes is not None:
-        raise ConfigError(f"--classes {classes}: data set {name!r} has classes of its own; leave the option out")
+        raise ConfigError(f"--classes {classes}: data set {name!r} has its own classes; leave the option out")
     if entry.lists:
         options["allow_outside_root"] = allow_outside_root
     splits = split.split("+")
     for part in splits:
         if entry.splits and part not in entry.splits:
             known = ", ".join(entry.splits)
-            raise ConfigError(f"data set {name!r} has no split {part!r}, it has {known}" + nearest(part, entry.splits))
+            raise ConfigError(f"data set {name!r} has no split {part!r}; it has {known}" + nearest(part, entry.splits))
     if len(set(splits)) < len(splits):
         raise ConfigError(f"split {split!r} names a part twice")
     if folder_path is None:
@@ -172,7 +172,7 @@ def _root(name: str, entry: Entry, root: str | Path | None) -> Path | None:
     if not entry.needs_root:
         if root is not None:
             others = ", ".join(other for other, e in DATASETS.items() if e.needs_root)
-            raise ConfigError(f"--root {root}: data set {name!r} has no files; name one that has: {others}")
+            raise ConfigError(f"--root {root}: data set {name!r} has no files; leave the option out, or use {others}")
         return None
     layout = f"expected the folder of data set {name!r}:\n{textwrap.indent(entry.tree, '  ')}"
     if root is None:

@@ -1,4 +1,4 @@
-"""From a sample to what the network trains on: scale, crop, flip and border target; then, on the device, normalisation.
+"""From a sample to the network's training input: scale, crop, flip and border target. The device then normalises it.
 
 Evaluation needs no transform: images go to :func:`normalize` at their own size.
 """
@@ -20,8 +20,8 @@ MIN_CROP = 32
 class TrainTransform:
     """Random scale, crop and flip of image and label together, and the border target of the result.
 
-    Where the scaled image is smaller than the crop, it lies at a random place in it; the rest is ``PAD_COLOUR`` in
-    the image and 255 in label and border.
+    If the scaled image is smaller than the crop, it is put at a random place in it; the rest is ``PAD_COLOUR`` in the
+    image and 255 in label and border.
     """
 
     crop: tuple[int, int]  # height, width
@@ -33,7 +33,7 @@ class TrainTransform:
         if min(self.crop) < MIN_CROP:
             raise ConfigError(
                 f"crop {self.crop[0]}x{self.crop[1]}: expected at least {MIN_CROP}x{MIN_CROP}, the network's largest "
-                "stride; choose a larger crop, images smaller than it are padded"
+                "stride; choose a larger crop: smaller images are padded"
             )
         if not self.scales or not all(0 < scale < float("inf") for scale in self.scales):
             raise ConfigError(f"scales {self.scales}: expected one or more positive numbers, such as 0.5 1 1.5")
@@ -43,7 +43,7 @@ class TrainTransform:
         self, image: np.ndarray, label: np.ndarray, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """``[H, W, 3]`` and ``[H, W]`` uint8 -> image, label and border target of the crop's size, contiguous."""
-        # All that is random is drawn here, in an order that does not depend on the sample.
+        # All random numbers are drawn here, in an order that does not depend on the sample.
         scale = self.scales[rng.integers(len(self.scales))]
         place = rng.random(2)
         flip = self.flip and rng.random() < 0.5
@@ -56,7 +56,7 @@ class TrainTransform:
 
 
 def rescale(image: np.ndarray, label: np.ndarray, scale: float) -> tuple[np.ndarray, np.ndarray]:
-    """Both at ``scale`` times their size, bilinear and nearest. Pixel ``j`` covers ``[j, j + 1]`` in both."""
+    """Resizes both by ``scale``, bilinear and nearest. Pixel ``j`` covers ``[j, j + 1]`` in both."""
     height, width = label.shape
     size = max(1, round(width * scale)), max(1, round(height * scale))
     image = cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)
@@ -67,8 +67,8 @@ def rescale(image: np.ndarray, label: np.ndarray, scale: float) -> tuple[np.ndar
 def _crop_or_pad(
     image: np.ndarray, label: np.ndarray, crop: tuple[int, int], place: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """New arrays of the crop's size. ``place``, in [0, 1) for y and x, chooses among all positions alike, be it the
-    crop's in the image or the image's in the crop."""
+    """New arrays of the crop's size. ``place``, in [0, 1) for y and x, chooses uniformly among all positions of the
+    crop in the image or of the image in the crop."""
     source, target = [], []
     for size, length, at in zip(label.shape, crop, place, strict=True):
         position = int(at * (abs(size - length) + 1))

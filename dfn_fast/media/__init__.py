@@ -1,4 +1,4 @@
-"""Images, label maps and videos as files, and the pictures made of them.
+"""Image, label and video files, and pictures of label maps.
 
 Imports ``files`` and ``errors``. Start reading at ``images.py``.
 """

@@ -1,7 +1,7 @@
-"""Image and label files: the one place that decodes and encodes them, and that names a file which is not right.
+"""Image and label files: the only place that decodes and encodes them. Its errors name the file.
 
-Images are ``[H, W, 3]`` RGB uint8, labels ``[H, W]`` uint8. Pillow decodes: it refuses a truncated file, and it reads
-and writes the indices of a palette PNG, where OpenCV gives the colours.
+Images are ``[H, W, 3]`` RGB uint8, labels ``[H, W]`` uint8. Pillow decodes, because it refuses truncated files, and
+because it reads and writes the indices of a palette PNG; OpenCV would return the colours.
 """
 
 import contextlib
@@ -19,22 +19,22 @@ from dfn_fast.files import replacing, require_regular
 IGNORE = 255
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
-# By content, whatever the suffix. Pillow knows more, and gives some to other programs: EPS is run by Ghostscript.
+# Recognised by content, whatever the suffix. Pillow knows more, but hands some to other programs: EPS to Ghostscript.
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "PPM", "GIF", "JPEG2000")
 MAX_PIXELS = 1 << 29  # 23,170 x 23,170: RGB pixels take 2 GiB while they are decoded
 _KINDS = {"1": "1-bit", "I;16": "16-bit", "I": "32-bit", "F": "floating-point"}
 
 
 def read_image(path: str | Path) -> np.ndarray:
-    """The image as ``[H, W, 3]`` RGB uint8, turned as its EXIF orientation says: as viewers show it.
+    """The image as ``[H, W, 3]`` RGB uint8, turned by its EXIF orientation, as viewers show it.
 
-    Greyscale and palette images get three channels, CMYK becomes RGB, an alpha channel is dropped. Of an animation or
-    of several pages the first is read. An image of more than 8 bits a channel is an error: its range is not known.
+    Greyscale and palette images get three channels, CMYK becomes RGB, an alpha channel is dropped. Only the first
+    frame or page is read. More than 8 bits per channel is an error, because the range is not known.
     """
     with open_image(path) as image:
         if image.mode.startswith(("I", "F")) or re.search("16[BLN]|65535", _coding(image)):
             raise DataError(
-                f"{path}: expected an image of 8 bits a channel, got mode {image.mode} of 16 or 32 bits; "
+                f"{path}: expected an image of 8 bits per channel, got mode {image.mode} of 16 or 32 bits; "
                 "scale its values to 0..255 and save it with 8 bits"
             )
         image.load()
@@ -43,10 +43,10 @@ def read_image(path: str | Path) -> np.ndarray:
 
 
 def read_label(path: str | Path) -> np.ndarray:
-    """The class ids of a single-channel or palette image as ``[H, W]`` uint8, turned as its EXIF orientation says."""
+    """The class ids of a single-channel or palette image as ``[H, W]`` uint8, turned by its EXIF orientation."""
     with open_image(path, "label") as image:
         if image.format in ("JPEG", "MPO"):
-            raise DataError(f"{path}: this label is a JPEG, whose compression changes class ids; make it anew as PNG")
+            raise DataError(f"{path}: this label is a JPEG, whose compression changes class ids; make it again as PNG")
         # Grey values of 2 or 4 bits, or of a PGM whose largest value is not 255, are stretched to 0..255.
         stretched = re.search(r"L;[24]|'ppm'", _coding(image))
         if image.mode not in ("L", "P") or stretched:
@@ -62,7 +62,7 @@ def read_label(path: str | Path) -> np.ndarray:
 
 
 def write_label(path: str | Path, labels: np.ndarray, palette: np.ndarray | None = None) -> None:
-    """Writes ``[H, W]`` uint8 class ids as PNG, with the ``[K, 3]`` RGB palette where one is given (255: white)."""
+    """Writes ``[H, W]`` uint8 class ids as PNG, with the ``[K, 3]`` RGB palette if one is given (255: white)."""
     image = Image.fromarray(np.ascontiguousarray(labels, dtype=np.uint8))
     if palette is not None:
         table = np.zeros((256, 3), np.uint8)
@@ -80,13 +80,13 @@ def write_image(path: str | Path, image: np.ndarray) -> None:
 
 @contextlib.contextmanager
 def open_image(path: str | Path, what: str = "image") -> Iterator[Image.Image]:
-    """The file's header, mode and size; ``load()`` decodes it. All that goes wrong is a :class:`DataError`."""
+    """Opens an image and reads its header; ``load()`` decodes it. Every failure is a :class:`DataError`."""
     with _naming(path, what):
         require_regular(path, DataError, what)
-        # Given a path, Pillow maps the file: it misreads a TIFF with an orientation then, and a file that is cut
-        # while it is read ends the process.
+        # Given a path, Pillow maps the file. It then misreads a TIFF with an orientation, and a file truncated while
+        # it is read kills the process.
         with open(path, "rb") as file:
-            with _PILLOWS_LIMIT:  # a global, which warns at sizes that aerial images have
+            with _PILLOWS_LIMIT:  # a global, which warns at the sizes of aerial images
                 theirs, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
                 try:
                     image = Image.open(file, formats=FORMATS)
@@ -95,8 +95,8 @@ def open_image(path: str | Path, what: str = "image") -> Iterator[Image.Image]:
             width, height = image.size
             if not 0 < width * height <= MAX_PIXELS:
                 raise DataError(
-                    f"{path}: this {what} has {width}x{height} pixels by its header, expected 1 to {MAX_PIXELS} of "
-                    "them; is it damaged? Cut a larger one into tiles"
+                    f"{path}: this {what} has {width}x{height} pixels by its header, expected 1 to {MAX_PIXELS}; "
+                    "is it damaged? If not, cut it into tiles"
                 )
             yield image
 
@@ -105,13 +105,13 @@ _PILLOWS_LIMIT = threading.Lock()
 
 
 def _coding(image: Image.Image) -> str:
-    """How the file's pixels are coded, in Pillow's terms; known until they are loaded."""
+    """The coding of the file's pixels, in Pillow's terms. It is known only until they are loaded."""
     return " ".join(f"{tile[0]!r} {tile[3]!r}" for tile in getattr(image, "tile", ())[:1])
 
 
 @contextlib.contextmanager
 def _naming(path: str | Path, what: str) -> Iterator[None]:
-    """Anything that goes wrong in the block becomes a :class:`DataError` with the file's name."""
+    """Turns any error in the block into a :class:`DataError` that names the file."""
     try:
         yield
     except DataError:
@@ -123,7 +123,7 @@ def _naming(path: str | Path, what: str) -> Iterator[None]:
     except UnidentifiedImageError:
         size = Path(path).stat().st_size
         raise DataError(
-            f"{path}: this {what} ({size} bytes) is in no image format that is read: {', '.join(FORMATS)}"
+            f"{path}: this {what} ({size} bytes) is not in a supported image format, {', '.join(FORMATS)}"
         ) from None
     except MemoryError as error:
         raise DataError(f"{path}: this {what} does not fit into memory; cut it into tiles, or add memory") from error
@@ -132,6 +132,6 @@ def _naming(path: str | Path, what: str) -> Iterator[None]:
 
 
 def _save(image: Image.Image, path: str | Path) -> None:
-    """To a temporary file in the same folder, then renamed: a reader or an interruption never meets half a file."""
+    """Writes a temporary file in the same folder and renames it, so that nobody ever sees half a file."""
     with replacing(path) as file:
         image.save(file, format=Image.registered_extensions()[Path(path).suffix.lower()])

@@ -12,7 +12,7 @@ def read_lines(path: Path) -> list[tuple[int, str]]:
     """The lines of a UTF-8 text file with their numbers from 1, without blank lines and ``#`` comments."""
     require_regular(path, DataError, "list", MAX_TEXT)
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines would break at letters of names too
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines also breaks at letters in names
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: expected a UTF-8 text file ({error})") from error
     except OSError as error:
@@ -21,14 +21,14 @@ def read_lines(path: Path) -> list[tuple[int, str]]:
     kept = [(number, line) for number, line in stripped if line and not line.startswith("#")]
     for number, line in kept:
         if "\0" in line:
-            raise DataError(f"{path}:{number}: a null character, which no path has; expected a text file")
+            raise DataError(f"{path}:{number}: found a null character, which no path has; expected a text file")
     return kept
 
 
 def files_by_stem(folder: Path, *, nested: bool = False, ending: str = "") -> dict[str, Path]:
-    """The image files of ``folder`` by their path below it, less suffix and ``ending``; hidden files are left out.
+    """The image files of ``folder`` by their path below it without suffix and ``ending``; hidden files are skipped.
 
-    ``nested`` takes the files of its subfolders too. Two files of one stem are an error.
+    ``nested`` includes the files of its subfolders. Two files with the same stem are an error.
     """
     files: dict[str, Path] = {}
     for parent, folders, names in os.walk(folder):

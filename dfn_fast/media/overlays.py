@@ -29,7 +29,7 @@ def colorize(label: np.ndarray, palette: np.ndarray) -> np.ndarray:
 def overlay(image: np.ndarray, label: np.ndarray, palette: np.ndarray, alpha: float = 0.5) -> np.ndarray:
     """The image with its classes' colours over it, ``[H, W, 3]`` uint8.
 
-    ``alpha`` from 0 (image alone) to 1 (colours alone). Pixels labelled 255 show the image.
+    ``alpha`` goes from 0 (only the image) to 1 (only the colours). Pixels labelled 255 show the image.
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha {alpha}: expected 0..1")
@@ -54,7 +54,7 @@ def legend(classes: Sequence[str], palette: np.ndarray) -> np.ndarray:
 
 
 def entry_width(names: Sequence[str]) -> float:
-    """Inches that a column of a legend takes at most."""
+    """The largest width of a legend's column, in inches."""
     return 0.6 + 0.085 * max(map(len, names), default=0)
 
 

@@ -1,6 +1,6 @@
-"""Videos, cameras and streams as RGB frames, and RGB frames as a video that is never half there.
+"""Videos, cameras and streams as RGB frames, and RGB frames as a video, which is written whole or not at all.
 
-OpenCV decodes and encodes. Frames are ``[H, W, 3]`` RGB uint8, turned as the file says.
+OpenCV decodes and encodes. Frames are ``[H, W, 3]`` RGB uint8, rotated as the file says.
 """
 
 import os
@@ -16,28 +16,28 @@ from dfn_fast.errors import DataError, UserError
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v")
 ENCODER, SUFFIX = "mp4v", ".mp4"
-# Their headers tell the time that the longest stream takes, sound included, and no number of frames.
+# Their headers hold the duration of the longest stream, sound included, but no number of frames.
 TIMED_SUFFIXES = (".mkv", ".webm")
 USUAL_RATE = 25.0
 
 
 def is_live(source: str) -> bool:
-    """Whether this is a camera (``camera:0``) or a stream (``rtsp://``, ``http://``), which ends when it likes."""
+    """Whether this is a camera (``camera:0``) or a stream (``rtsp://``, ``http://``), which may end at any time."""
     return re.fullmatch(r"camera:\d+|(rtsp|rtsps|rtmp|http|https)://.+", source) is not None
 
 
 def is_video(source: str) -> bool:
-    """Whether this is a source of frames, by its name."""
+    """Whether the name is that of a video, a camera or a stream."""
     return is_live(source) or Path(source).suffix.lower() in VIDEO_SUFFIXES
 
 
 class VideoReader:
-    """The frames of a video file, a camera or a stream, one by one. A context manager: it lets go of the source.
+    """The frames of a video file, a camera or a stream, one by one. A context manager that releases the source.
 
-    ``frame_rate`` is in frames/s, 25 where the source tells none; ``announced`` the number of frames, None where it is
+    ``frame_rate`` is in frames/s, 25 if the source does not say; ``announced`` is the number of frames, None if it is
     not known; ``size`` is ``(height, width)``.
 
-    Raises :class:`DataError` where there is no such source or no frame in it.
+    Raises :class:`DataError` if the source does not exist or has no frame.
     """
 
     def __init__(self, source: str):
@@ -57,14 +57,14 @@ class VideoReader:
         self.announced = int(count) if not self.live and 0 < count < 1e9 else None
 
     def read(self) -> np.ndarray | None:
-        """The next frame, or None after the last and where decoding fails."""
+        """The next frame; None after the last, or if decoding fails."""
         if self._first is not None:
             frame, self._first = self._first, None
             return frame
         return self._decode()
 
     def missing(self) -> int:
-        """How many of the announced frames did not come; to be asked when :meth:`read` has given None."""
+        """How many of the announced frames are missing. Call it once :meth:`read` has returned None."""
         if self.announced is None:
             return 0
         missing = max(self.announced - self.decoded, 0)
@@ -83,10 +83,10 @@ class VideoReader:
 
     def _no_frame(self) -> str:
         if self.live:
-            return f"{self.source}: no frame came from it; is it connected, and does no other program use it?"
+            return f"{self.source}: it sent no frame; is it connected, and is no other program using it?"
         return (
-            f"{self.source}: no frame can be decoded ({Path(self.source).stat().st_size} bytes): no video, a damaged "
-            "one, or coded in a way that OpenCV does not know; copy it again, or convert it to H.264 in .mp4"
+            f"{self.source}: no frame can be decoded ({Path(self.source).stat().st_size} bytes). It is not a video, is "
+            "damaged, or has a codec that OpenCV does not know; copy it again, or convert it to H.264 in .mp4"
         )
 
     def __enter__(self) -> "VideoReader":
@@ -99,20 +99,20 @@ class VideoReader:
 def open_capture(source: str) -> cv2.VideoCapture:
     if source.startswith("camera:"):
         return cv2.VideoCapture(int(source.removeprefix("camera:")))
-    # Other backends would take a file that FFmpeg refuses for a pattern of image names, and complain of that.
+    # Other backends would take the name of a file that FFmpeg refuses for a pattern of image names, and complain.
     ffmpeg = cv2.videoio_registry.hasBackend(cv2.CAP_FFMPEG)
     return cv2.VideoCapture(source, cv2.CAP_FFMPEG if ffmpeg else cv2.CAP_ANY)
 
 
 class VideoWriter:
-    """An MPEG-4 video beside its place, ``folder``, until :meth:`finish` gives it its name; else nothing stays of it.
+    """Writes an MPEG-4 video to a hidden file, which :meth:`finish` renames; without that, it is deleted.
 
     Args:
-        folder: where it is written, hidden; it exists.
+        folder: an existing folder, for the hidden file.
         frame_rate: in frames/s.
-        size: ``(height, width)`` of the frames. The format has even sides: an odd one loses its last row or column.
+        size: ``(height, width)`` of the frames. The format needs even sides: an odd one loses its last row or column.
 
-    Raises :class:`UserError` where OpenCV has no encoder for it, :class:`OSError` where the folder cannot be written.
+    Raises :class:`UserError` if OpenCV has no encoder for it, and :class:`OSError` if the folder cannot be written.
     """
 
     def __init__(self, folder: Path, frame_rate: float, size: tuple[int, ...]):
@@ -120,7 +120,7 @@ class VideoWriter:
         self._height, self._width = size[0] // 2 * 2, size[1] // 2 * 2
         handle, name = tempfile.mkstemp(dir=folder, prefix=".video.", suffix=f".tmp{SUFFIX}")
         os.close(handle)
-        os.unlink(name)  # OpenCV makes it anew, with the permissions that files have here
+        os.unlink(name)  # OpenCV creates it again, with the usual permissions
         self._path = Path(name)
         code = cv2.VideoWriter.fourcc(*ENCODER)
         self._video = cv2.VideoWriter(name, code, frame_rate, (self._width, self._height))
@@ -128,18 +128,18 @@ class VideoWriter:
             self.close()
             raise UserError(
                 f"OpenCV cannot encode a video of {size[1]}x{size[0]} ({ENCODER} in {SUFFIX}) here; install "
-                "the wheel of opencv-python, which can, or use --no-overlay --frames"
+                "the opencv-python wheel, which can, or use --no-overlay --frames"
             )
 
     def write(self, frame: np.ndarray) -> None:
-        """``[H, W, 3]`` RGB uint8, of the size that the video has."""
+        """Writes a frame, ``[H, W, 3]`` RGB uint8, of the video's size."""
         self._video.write(cv2.cvtColor(frame[: self._height, : self._width], cv2.COLOR_RGB2BGR))
         self.count += 1
 
     def finish(self, path: Path) -> None:
-        """Ends the video and gives it its name. Raises :class:`OSError` where it has not been written whole."""
+        """Closes the video and renames it to ``path``. Raises :class:`OSError` if frames are missing."""
         self._video.release()
-        # OpenCV says nothing when a disk is full: the frames in the file are counted.
+        # OpenCV does not report a full disk, so the frames in the file are counted.
         written = cv2.VideoCapture(str(self._path))
         frames = int(written.get(cv2.CAP_PROP_FRAME_COUNT)) if written.isOpened() else 0
         written.release()

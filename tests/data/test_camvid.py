@@ -48,7 +48,7 @@ def test_void_is_ignored_and_12_is_no_class(camvid, write):
     np.testing.assert_array_equal(label, [[0, 10, 255, 255, 5, 5]] * 4)
     assert label.dtype == np.uint8
     write("CamVid/valannot/c.png", np.full((4, 6), 12, np.uint8))
-    with pytest.raises(DataError, match=r"c\.png: label values \[12\] are no class of 'camvid'"):
+    with pytest.raises(DataError, match=r"c\.png: label values \[12\] are not classes of 'camvid'"):
         CamVidDataset(camvid, "val")[0]
 
 
@@ -67,7 +67,7 @@ def test_bad_lists(camvid, write, content, message):
 
 
 def test_missing_split_and_partners(camvid, write):
-    with pytest.raises(DataError, match=r"CamVid.test: .*is not there\. Expected test\.txt, or the folders"):
+    with pytest.raises(DataError, match=r"CamVid.test: .*is missing\. Expected test\.txt, or the folders"):
         CamVidDataset(camvid, "test")
     (camvid / "trainannot" / "a.png").unlink()
     (camvid / "train" / "b.jpg").unlink()

@@ -62,7 +62,7 @@ def test_every_bad_file_is_named(folder, write, capsys):
     report = json.loads((folder / "r.json").read_text())
     expected = [
         "train/images/t0.png: this image is damaged", "masks/t0.png: expected a label with one 8-bit channel",
-        "masks/t1.png: expected a label of the image's size", "masks/t2.png: label values [7] are no class",
+        "masks/t1.png: expected a label of the image's size", "masks/t2.png: label values [7] are not classes",
         "val/masks/v0.png: expected a label with one 8-bit channel",
     ]  # fmt: skip
     assert len(report["problems"]) == len(expected)
@@ -84,7 +84,7 @@ def test_files_without_a_partner_are_all_told_up_to_twenty(folder, capsys):
     code, out = run("check", "folder", "--root", folder, "--json", folder / "r.json", capsys=capsys)
     assert code == 1
     assert "Problems (25):" in out
-    assert out.count("no label of this stem") == 20
+    assert out.count("no label with this stem") == 20
     assert "and 5 more; --json FILE writes them all" in out
     assert len(json.loads((folder / "r.json").read_text())["problems"]) == 25
 
@@ -103,7 +103,7 @@ def test_sizes(folder, write, capsys):
 def test_an_image_in_train_and_val_is_wrong(folder, write):
     write("val/images/v1.png", (folder / "train/images/t2.png").read_bytes())
     report = check("folder", folder)
-    assert report.problems == ["train and val share 1 images of identical content: t2"]
+    assert report.problems == ["train and val share 1 images with identical content: t2"]
 
 
 def test_a_name_in_train_and_val_is_a_note(folder):
@@ -120,7 +120,7 @@ def test_an_image_in_two_lists_is_wrong(folder, write):
         write(f"validation/{name}.txt", "".join(lines))
     splits = [str(folder / "validation" / f"{name}.txt") for name in ("train", "eval", "train_more")]
     report = check("list", folder, splits)
-    assert report.problems == [f"{splits[0]} and {splits[1]} share 1 images of identical content: train/images/t1"]
+    assert report.problems == [f"{splits[0]} and {splits[1]} share 1 images with identical content: train/images/t1"]
     assert len(report.notes) == 1
 
 
@@ -138,7 +138,7 @@ def test_classes_that_never_occur_are_a_warning(folder, write, capsys):
     code, out = run("check", "folder", "--root", folder, capsys=capsys)
     assert code == 0
     assert "Warnings (2):" in out
-    assert "train: classes that no label has: sea, ice" in out
+    assert "train: classes that are in no label: sea, ice" in out
 
 
 def test_notes(folder, write):
@@ -149,17 +149,17 @@ def test_notes(folder, write):
     report = check("folder", folder, ["train"])
     assert report.all_problems() == []
     assert report.all_notes() == [
-        "train: 1 images greyscale, read as three equal channels",
-        "train: 1 images with an alpha channel, which is dropped",
-        "train: 1 labels are 255 throughout",
-        "train: 1 images are there more than once: t2 = t3",
+        "train: 1 images are greyscale, read as three equal channels",
+        "train: 1 images have an alpha channel, which is dropped",
+        "train: 1 labels are 255 everywhere",
+        "train: 1 images occur more than once: t2 = t3",
     ]
 
 
 def test_other_count_than_the_published_is_a_note(tmp_path, write_pair):
     write_pair("val/a.png", "valannot/a.png")
     report = check("camvid", tmp_path, ["val"])
-    assert "val: 1 images, where the published split has 101" in report.all_notes()
+    assert "val: 1 images, but the published split has 101" in report.all_notes()
 
 
 def test_joined_splits_are_checked_one_by_one(folder):
@@ -170,7 +170,7 @@ def test_empty_and_missing_folders_are_problems(tmp_path, capsys):
     (tmp_path / "images").mkdir()
     code, out = run("check", "folder", "--root", tmp_path, "--num-classes", "2", capsys=capsys)
     assert code == 1
-    assert "masks: the folder of the masks is not there" in out
+    assert "masks: the folder of the masks is missing" in out
     (tmp_path / "masks").mkdir()
     code, out = run("check", "folder", "--root", tmp_path, "--num-classes", "2", capsys=capsys)
     assert code == 1
@@ -184,7 +184,7 @@ def test_threads_give_the_same_report(folder):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--split", "tain"], "no split 'tain' there, known are train, val; did you mean train"),
+        (["--split", "tain"], "has no split 'tain'; it has train, val; did you mean train"),
         (["--num-classes", "5"], "--num-classes 5"),
         (["--workers", "0"], "--workers 0: expected at least 1"),
         (["--json", "/nowhere/r.json"], "--json /nowhere/r.json: its folder does not exist"),

@@ -77,7 +77,7 @@ def test_value_that_is_no_label_id(tmp_path, frame, value):
 
 def test_train_id_file_of_label_ids_is_caught(tmp_path, frame):
     frame("val", "munster_000000_000019", labels=np.full((4, 6), 19, np.uint8), ending="labelTrainIds")
-    with pytest.raises(DataError, match=r"label values \[19\] are no class of 'cityscapes'"):
+    with pytest.raises(DataError, match=r"label values \[19\] are not classes of 'cityscapes'"):
         CityscapesDataset(tmp_path, "val")[0]
 
 
@@ -92,8 +92,8 @@ def test_image_without_a_label_and_the_reverse(tmp_path, frame):
 
 
 def test_missing_folders_name_the_archive(tmp_path, frame):
-    with pytest.raises(DataError, match=r"leftImg8bit.train: .*is not there.*leftImg8bit archive"):
+    with pytest.raises(DataError, match=r"leftImg8bit.train: .*is missing.*leftImg8bit archive"):
         CityscapesDataset(tmp_path, "train")
     frame("train", "aachen_000000_000019")
-    with pytest.raises(DataError, match=r"gtCoarse.train: .*is not there.*gtCoarse archive"):
+    with pytest.raises(DataError, match=r"gtCoarse.train: .*is missing.*gtCoarse archive"):
         CityscapesDataset(tmp_path, "train_coarse")

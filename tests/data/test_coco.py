@@ -109,13 +109,13 @@ def test_images_folder(coco):
     (root / "val2017").rename(root / "images" / "val2017")
     assert CocoDataset(root, "val2017")[0].image.shape == (50, 60, 3)
     (root / "images" / "val2017").rename(root / "away")
-    with pytest.raises(DataError, match="val2017: the folder of the images is not there"):
+    with pytest.raises(DataError, match="val2017: the folder of the images is missing"):
         CocoDataset(root, "val2017")
 
 
 def test_errors_name_the_file(coco, write):
     root = coco([instance(1, 1, box(0, 0, 40, 40), 1600)])
-    with pytest.raises(ConfigError, match="no split 'train2017', it has val2017"):
+    with pytest.raises(ConfigError, match="no split 'train2017'; it has val2017"):
         CocoDataset(root, "train2017")
     (root / "val2017" / "000000000001.jpg").unlink()
     with pytest.raises(DataError, match=r"000000000001\.jpg: this image does not exist"):

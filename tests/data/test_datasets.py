@@ -28,11 +28,11 @@ class TestRegistry:
 
     @pytest.mark.parametrize("name", ["voc", "cityscapes", "camvid"])
     def test_unknown_split_lists_the_known(self, name, tmp_path):
-        with pytest.raises(ConfigError, match=f"data set '{name}' has no split 'trian', it has train, val.*mean train"):
+        with pytest.raises(ConfigError, match=f"data set '{name}' has no split 'trian'; it has train, val.*mean train"):
             build_dataset(name, tmp_path, "val+trian")
 
     def test_synthetic_takes_no_root(self, tmp_path):
-        with pytest.raises(ConfigError, match="data set 'synthetic' has no files; name one that has: voc"):
+        with pytest.raises(ConfigError, match="data set 'synthetic' has no files; leave the option out, or use voc"):
             build_dataset("synthetic", tmp_path, "train")
 
     def test_number_of_classes_must_agree(self, tmp_path, write_pair):
@@ -40,7 +40,7 @@ class TestRegistry:
         assert build_dataset("camvid", tmp_path, "val", num_classes=11).num_classes == 11
         with pytest.raises(ConfigError, match="--num-classes 12: data set 'camvid' has 11"):
             build_dataset("camvid", tmp_path, "val", num_classes=12)
-        with pytest.raises(ConfigError, match=r"--classes c\.txt: data set 'camvid' has classes of its own"):
+        with pytest.raises(ConfigError, match=r"--classes c\.txt: data set 'camvid' has its own classes"):
             build_dataset("camvid", tmp_path, "val", classes="c.txt")
 
     def test_folder_and_list_get_their_classes(self, tmp_path, write, write_pair):
@@ -132,7 +132,7 @@ class TestFiles:
 
     @pytest.mark.parametrize("content", [b"", b"<html>not found</html>"])
     def test_no_image_at_all(self, read, content):
-        with pytest.raises(DataError, match=r"a\.jpg: this image .* is in no image format"):
+        with pytest.raises(DataError, match=r"a\.jpg: this image .* is not in a supported image format"):
             read(content, ".jpg")
 
     def test_truncated_label(self, read, tmp_path):
@@ -142,7 +142,7 @@ class TestFiles:
             read(mask=whole[: len(whole) // 2])
 
     def test_16_bit_image(self, read):
-        with pytest.raises(DataError, match=r"a\.png: expected an image of 8 bits a channel"):
+        with pytest.raises(DataError, match=r"a\.png: expected an image of 8 bits per channel"):
             read(Image.fromarray(np.full((4, 6), 40000, np.uint16)))
 
     def test_greyscale_image_gets_three_channels(self, read):
@@ -170,7 +170,7 @@ class TestFiles:
     def test_label_value_that_is_no_class(self, read, value):
         labels = np.zeros((4, 6), np.uint8)
         labels[3, 5] = value
-        with pytest.raises(DataError, match=rf"masks.a\.png: label values \[{value}\] are no class of 'folder'"):
+        with pytest.raises(DataError, match=rf"masks.a\.png: label values \[{value}\] are not classes of 'folder'"):
             read(mask=Image.fromarray(labels))
 
     def test_a_good_one(self, read):

@@ -51,9 +51,9 @@ class TestFolder:
             FolderDataset(tmp_path, "train", num_classes=2)
         text = str(caught.value)
         assert "8 entries or files cannot be used" in text
-        assert f"{tmp_path / 'images' / 'a.png'}: no label of this stem" in text
+        assert f"{tmp_path / 'images' / 'a.png'}: no label with this stem" in text
         assert text.endswith("and 3 more")
-        assert f"{tmp_path / 'masks' / 'h.png'}: no image of this stem" in caught.value.problems
+        assert f"{tmp_path / 'masks' / 'h.png'}: no image with this stem" in caught.value.problems
 
     @pytest.mark.parametrize("suffix", ["jpg", "webp"])
     def test_lossy_labels_are_refused(self, tmp_path, write_pair, suffix):
@@ -68,12 +68,12 @@ class TestFolder:
             FolderDataset(tmp_path, "train", num_classes=2)
 
     def test_missing_folders_and_splits(self, tmp_path, write_pair):
-        with pytest.raises(DataError, match=r"images: .*is not there. Expected images/ and masks/"):
+        with pytest.raises(DataError, match=r"images: .*is missing. Expected images/ and masks/"):
             FolderDataset(tmp_path, "train", num_classes=2)
         write_pair("train/images/a.png", "train/labels/a.png")
-        with pytest.raises(DataError, match=r"train.masks: .*is not there"):
+        with pytest.raises(DataError, match=r"train.masks: .*is missing"):
             FolderDataset(tmp_path, "train", num_classes=2)
-        with pytest.raises(ConfigError, match="no split 'val' there, known are train"):
+        with pytest.raises(ConfigError, match="has no split 'val'; it has train"):
             FolderDataset(tmp_path, "val", num_classes=2)
 
     def test_empty(self, tmp_path):
@@ -105,7 +105,7 @@ class TestClasses:
         np.testing.assert_array_equal(dataset.palette, voc_palette(3))
 
     def test_none_given(self, tmp_path):
-        with pytest.raises(ConfigError, match=r"classes\.txt: not there.*--num-classes or --classes"):
+        with pytest.raises(ConfigError, match=r"classes\.txt: this file is missing.*--num-classes or --classes"):
             FolderDataset(tmp_path, "train")
 
     @pytest.mark.parametrize("num_classes", [-1, 0, 1, 256])
@@ -126,9 +126,9 @@ class TestClasses:
         ("content", "message"),
         [
             ("a\n\nb\n", r":2: expected a class name.*empty line"),
-            ("a\nb\na\n", r":3: class 'a' is there twice"),
+            ("a\nb\na\n", r":3: class 'a' occurs twice"),
             ("a\nb 0 256 0\n", r":2: expected a colour of 0\.\.255"),
-            ("a\n", r"expected 2\.\.255 classes, one a line, got 1"),
+            ("a\n", r"expected 2\.\.255 classes, one per line, got 1"),
         ],
     )
     def test_bad_files(self, write, content, message):

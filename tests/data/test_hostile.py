@@ -143,7 +143,7 @@ class TestModes:
         write("la16.png", png(1, 1, depth=16, colour=4, rows=bytes(5)))
         write("rgb16.ppm", b"P6\n1 1\n65535\n" + bytes(6))
         for name in (*deep, "rgb16.png", "rgba16.png", "la16.png", "rgb16.ppm"):
-            with pytest.raises(DataError, match=rf"{name}: expected an image of 8 bits a channel"):
+            with pytest.raises(DataError, match=rf"{name}: expected an image of 8 bits per channel"):
                 read_image(tmp_path / name)
 
     @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ class TestModes:
     def test_a_document_that_another_program_would_run_is_no_image(self, write, monkeypatch):
         monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_: pytest.fail("Ghostscript was called"))
         content = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\nshowpage\n%%EOF\n"
-        with pytest.raises(DataError, match=r"a\.jpg: this image .* is in no image format"):
+        with pytest.raises(DataError, match=r"a\.jpg: this image .* is not in a supported image format"):
             read_image(write("a.jpg", content))
 
     def test_every_cut_of_a_jpeg_and_a_png_is_an_error(self, tmp_path):

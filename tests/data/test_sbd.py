@@ -97,7 +97,7 @@ def test_images_missing_from_voc_come_from_sbd(roots, tmp_path, write, capsys):
     out = capsys.readouterr().out
     assert "1 of the images are not in VOC's JPEGImages" in out
     assert "10582" in out
-    assert "--allow-outside-root lets it be read" in out
+    assert "read it with --allow-outside-root" in out
     assert VocDataset(roots[1], "train_aug", allow_outside_root=True)[1].image[0, 0, 0] == 9
 
 

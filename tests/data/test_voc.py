@@ -122,5 +122,5 @@ def test_wrong_root(tmp_path):
 
 def test_value_that_is_no_class(devkit, write):
     write(f"{HOME}/SegmentationClass/c.png", np.full((4, 6), 21, np.uint8))
-    with pytest.raises(DataError, match=r"c\.png: label values \[21\] are no class of 'voc'.*0\.\.20"):
+    with pytest.raises(DataError, match=r"c\.png: label values \[21\] are not classes of 'voc'.*0\.\.20"):
         VocDataset(devkit, "val")[0]

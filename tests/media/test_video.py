@@ -146,7 +146,7 @@ def test_a_container_without_frames_is_an_error(tmp_path):
 
 
 def test_no_camera_is_an_error():
-    with pytest.raises(DataError, match="camera:97: no frame came from it"):
+    with pytest.raises(DataError, match="camera:97: it sent no frame"):
         VideoReader("camera:97")
 
 

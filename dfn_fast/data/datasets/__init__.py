@@ -1,4 +1,4 @@
-"""The data sets, a file for each layout on disk; ``pairing.py`` is what they share.
+"""The data sets, a file for each layout on disk; they share ``pairing.py``.
 
 Imports ``media``, ``files``, ``errors`` and ``data.base``. Start reading at ``folder.py``.
 """

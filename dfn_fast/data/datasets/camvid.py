@@ -6,12 +6,12 @@
       train/0001TP_006690.png ...       images: any format, 367 in train, 101 in val, 233 in test
       trainannot/0001TP_006690.png ...  class ids in one channel
       val/  valannot/  test/  testannot/
-      train.txt  val.txt  test.txt      a line: train/0001TP_006690.png trainannot/0001TP_006690.png
+      train.txt  val.txt  test.txt      per line: train/0001TP_006690.png trainannot/0001TP_006690.png
 
 A list's paths are relative to root. Those of the original lists begin with another machine's folder
-(``/SegNet/CamVid/train/...``): the files are then found by folder and stem, whatever their suffix. Files that are not
-below the root count only with ``--allow-outside-root``. A split without a list is all of its two folders. ``trainval``
-is train and val.
+(``/SegNet/CamVid/train/...``); their files are found by folder and stem, whatever the suffix. Files outside the root
+are used only with ``--allow-outside-root``. A split without a list is everything in its two folders. ``trainval`` is
+train and val.
 """
 
 import os
@@ -43,7 +43,7 @@ COUNTS = {"train": 367, "val": 101, "test": 233, "trainval": 468}
 
 
 class CamVidDataset(SegmentationDataset):
-    """A split of CamVid, by the layout in this file's docstring."""
+    """A split of CamVid, in the layout of this file's docstring."""
 
     name = "camvid"
     classes = tuple(name for name, _ in _CLASSES)
@@ -79,12 +79,12 @@ def _pairs(home: Path, split: str, limit: Path | None) -> list[Pair]:
             raise DataError(f"{list_file}:{number}: {error}") from None
         pairs.append(Pair(image, label, image.stem))
     if not pairs:
-        raise DataError(f"{list_file}: no image in this list")
+        raise DataError(f"{list_file}: this list has no images")
     return checked_pairs(pairs, list_file)
 
 
 def _find(home: Path, listed: PurePosixPath, folders: dict[str, dict[str, Path]], limit: Path | None) -> Path:
-    """The listed file, else the one of its folder's name and its stem below ``home``, else where it was expected."""
+    """The listed file, else the one with its folder's name and its stem below ``home``, else the expected path."""
     refused: DataError | None = None
     try:
         path = below(limit, home / listed)

@@ -1,6 +1,6 @@
 """Cityscapes: 19 classes of 2048 x 1024 street scenes, with fine and with coarse labels.
 
-``root`` holds what the archives leftImg8bit and gtFine (and gtCoarse) unpack to::
+``root`` holds the unpacked archives leftImg8bit and gtFine (and gtCoarse)::
 
     ROOT/
       leftImg8bit/{train,val,test,train_extra}/aachen/aachen_000000_000019_leftImg8bit.png ...
@@ -8,8 +8,8 @@
       gtCoarse/train_extra/augsburg/augsburg_000000_000000_gtCoarse_labelIds.png ...   train_extra (19,998)
       gtCoarse/train/aachen/aachen_000000_000019_gtCoarse_labelIds.png ...             train_coarse (2,975)
 
-The 34 label ids become the 19 train ids as they are read; ``*_labelTrainIds.png`` serves where it is the only one.
-The labels of test are not public: those in the archive hold 255 alone.
+The 34 label ids become the 19 train ids as they are read; ``*_labelTrainIds.png`` is used if it is the only one.
+The labels of test are not public: those in the archive hold only 255.
 """
 
 from pathlib import Path
@@ -44,7 +44,7 @@ _CLASSES = (  # name, label id, colour; in the order of the train ids
 )
 NUM_LABEL_IDS = 34
 
-# Tables for `table[array]`. To label ids, 255 and all that is no class become 0, "unlabeled".
+# Tables for `table[array]`. In label ids, 255 and everything that is not a class become 0, "unlabeled".
 TRAIN_ID_TO_LABEL_ID = np.zeros(256, np.uint8)
 TRAIN_ID_TO_LABEL_ID[: len(_CLASSES)] = [label_id for _, label_id, _ in _CLASSES]
 LABEL_ID_TO_TRAIN_ID = np.full(256, IGNORE, np.uint8)
@@ -62,7 +62,7 @@ COUNTS = {"train": 2975, "val": 500, "test": 1525, "train_extra": 19998, "train_
 
 
 class CityscapesDataset(SegmentationDataset):
-    """A split of Cityscapes, by the layout in this file's docstring; names are like ``aachen_000000_000019``."""
+    """A split of Cityscapes, in the layout of this file's docstring; names are like ``aachen_000000_000019``."""
 
     name = "cityscapes"
     classes = tuple(name for name, _, _ in _CLASSES)
@@ -83,7 +83,7 @@ class CityscapesDataset(SegmentationDataset):
         super().__init__(pair_by_stem(image_by_name, by_name, root), split, root)
 
     def class_ids(self, raw: np.ndarray, path: Path) -> np.ndarray:
-        """Train ids of label ids; raises :class:`DataError` for a value that is no label id."""
+        """The train ids of label ids; raises :class:`DataError` for a value that is not a label id."""
         if path.stem.endswith("_labelTrainIds"):
             return raw
         wrong = [int(v) for v in np.flatnonzero(np.bincount(raw.ravel())) if v >= NUM_LABEL_IDS and v != IGNORE]

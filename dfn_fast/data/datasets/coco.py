@@ -8,9 +8,9 @@ Nothing is written to disk, and ``pycocotools`` draws the masks: ``pip install p
       val2017/000000000139.jpg ...
 
 An annotation file ``instances_X.json`` makes split ``X``. Instances of the 20 VOC classes are drawn from the largest to
-the smallest; crowds of them are 255 where no single instance lies; every other category is background. As for DeepLab,
-an image counts only with a VOC class and more than 1,000 labelled pixels; they are taken as the sum of the instances'
-``area``, crowds left out.
+the smallest. Crowds of them are 255 where no single instance lies, and every other category is background. As for
+DeepLab, an image is used only if it has a VOC class and more than 1,000 labelled pixels, which is the sum of the
+instances' ``area`` without crowds.
 """
 
 import json
@@ -41,7 +41,7 @@ _COCO_NAMES = {  # where the name differs from VOC's
 
 
 class CocoDataset(SegmentationDataset):
-    """A split of COCO with VOC's classes, by the rules in this file's docstring; ``Pair.label`` is the JSON file."""
+    """A split of COCO with VOC's classes, by the rules of this file's docstring; ``Pair.label`` is the JSON file."""
 
     name = "coco"
     classes = VOC_CLASSES
@@ -54,9 +54,9 @@ class CocoDataset(SegmentationDataset):
         annotations = _annotation_file(root, split)
         folder = next((f for f in (root / split, root / "images" / split) if f.is_dir()), None)
         if folder is None:
-            raise DataError(f"{root / split}: the folder of the images is not there, nor {root / 'images' / split}")
+            raise DataError(f"{root / split}: the folder of the images is missing, and so is {root / 'images' / split}")
         images = _read_instances(annotations)
-        self._images = [json.dumps(image).encode() for image in images]  # text: a fifth of the lists' memory
+        self._images = [json.dumps(image).encode() for image in images]  # text takes a fifth of the lists' memory
         try:
             files = [below(limit, folder / image["file"]) for image in images]
         except DataError as error:
@@ -81,7 +81,7 @@ def _draw_label(image: dict[str, Any], path: Path) -> np.ndarray:
     for class_id, crowd, _, segmentation in sorted(image["instances"], key=lambda x: (not x[1], -x[2])):
         try:
             label[_decode(segmentation, *image["size"])] = IGNORE if crowd else class_id
-        except Exception as error:  # pycocotools raises bare Exception, and anything for what it cannot index
+        except Exception as error:  # pycocotools raises bare Exception, and anything for values that it cannot index
             raise DataError(f"{path}: image {image['file']}: a segmentation cannot be drawn ({error})") from error
     return label
 
@@ -89,11 +89,11 @@ def _draw_label(image: dict[str, Any], path: Path) -> np.ndarray:
 def _decode(segmentation: list | dict, height: int, width: int) -> np.ndarray:
     """Polygons, or a run-length code whose counts are a list or a string, as a mask ``[H, W]``.
 
-    Raises ``ValueError`` for what pycocotools would take without a check: it needs memory by a polygon's length.
+    Raises ``ValueError`` for values that pycocotools would not check; its memory grows with a polygon's length.
     """
     masks = _mask_module()
     if not isinstance(segmentation, list) and list(segmentation["size"]) != [height, width]:
-        raise ValueError(f"a code for {segmentation['size']} in an image of {[height, width]}")
+        raise ValueError(f"expected a run-length code for {segmentation['size']} in an image of {[height, width]}")
     if isinstance(segmentation, list):
         polygons = [polygon for polygon in segmentation if len(polygon) >= 6]  # four numbers would be read as a box
         if any(not -MAX_SIDE <= x <= 2 * MAX_SIDE for polygon in polygons for x in polygon):
@@ -111,7 +111,7 @@ def _decode(segmentation: list | dict, height: int, width: int) -> np.ndarray:
 
 
 def _read_instances(path: Path) -> list[dict[str, Any]]:
-    """The images of an annotation file that count, each in the form that :func:`_draw_label` takes."""
+    """The images of an annotation file that are used, each in the form that :func:`_draw_label` takes."""
     require_regular(path, DataError, "annotation file", MAX_BYTES)
     try:
         content = json.loads(path.read_bytes())
@@ -147,7 +147,7 @@ def _annotation_file(root: Path, split: str) -> Path:
     if not known:
         raise DataError(f"{root / 'annotations'}: no instances_*.json there; unpack COCO's annotations into the root")
     if split not in known:
-        raise ConfigError(f"{root}: coco has no split {split!r}, it has {', '.join(known)}" + nearest(split, known))
+        raise ConfigError(f"{root}: coco has no split {split!r}; it has {', '.join(known)}" + nearest(split, known))
     return root / "annotations" / f"instances_{split}.json"
 
 

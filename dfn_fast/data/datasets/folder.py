@@ -1,15 +1,15 @@
 """Your own images: a folder of images and a folder of masks.
 
-``folder`` pairs images and masks by their path below ``images`` and ``masks``, less the suffix::
+``folder`` pairs images and masks by their path below ``images`` and ``masks``, without the suffix::
 
     ROOT/
       images/a.jpg  images/night/b.png ...
       masks/a.png   masks/night/b.png ...   class ids 0..254 in one 8-bit channel or a palette; 255: ignore
-      classes.txt                           a class a line: name, or name R G B
+      classes.txt                           one class per line: name, or name R G B
 
 or ``ROOT/train/{images,masks}`` and ``ROOT/val/{images,masks}``. Without these, val is about every fifth image,
 chosen by a hash of that path: the same on every machine, whatever other images there are. ``--classes FILE`` or
-``--num-classes N`` stand in for classes.txt.
+``--num-classes N`` replaces classes.txt.
 """
 
 import hashlib
@@ -43,7 +43,7 @@ class FolderDataset(SegmentationDataset):
         if flat:
             known = ["train", "val"]
         if split not in known:
-            raise ConfigError(f"{root}: no split {split!r} there, known are {', '.join(known)}" + nearest(split, known))
+            raise ConfigError(f"{root} has no split {split!r}; it has {', '.join(known)}" + nearest(split, known))
         home = root if flat else root / split
         remedy = "Expected images/ and masks/ in the root, or in train/ and val/ below it."
         images = files_by_stem(require_folder(home / "images", "the folder of the images", remedy), nested=True)
@@ -57,7 +57,7 @@ class FolderDataset(SegmentationDataset):
 
 
 def held_out(stems: list[str]) -> set[str]:
-    """The stems that belong to val: SHA-256 (first 8 bytes) divisible by 5, or else the lowest."""
+    """The stems that belong to val: with a SHA-256 (first 8 bytes) divisible by 5, else the one with the lowest."""
     hashes = {stem: int.from_bytes(hashlib.sha256(os.fsencode(stem)).digest()[:8], "big") for stem in stems}
     chosen = {stem for stem, value in hashes.items() if value % VAL_SHARE == 0}
     return chosen or set(sorted(stems, key=hashes.__getitem__)[:1])
@@ -68,8 +68,8 @@ def class_table(root: Path, num_classes: int | None, classes: str | Path | None)
     if classes is None and not (root / "classes.txt").is_file():
         if num_classes is None:
             raise ConfigError(
-                f"{root / 'classes.txt'}: not there, so the classes are not known; "
-                "write one name a line, or give --num-classes or --classes"
+                f"{root / 'classes.txt'}: this file is missing, so the classes are not known; "
+                "write one name per line, or give --num-classes or --classes"
             )
         if not 2 <= num_classes <= IGNORE:
             raise ConfigError(f"--num-classes {num_classes}: expected 2..{IGNORE}")
@@ -82,14 +82,14 @@ def class_table(root: Path, num_classes: int | None, classes: str | Path | None)
 
 
 def read_classes(path: Path) -> tuple[tuple[str, ...], np.ndarray]:
-    """The names and ``[K, 3]`` RGB uint8 palette of a classes file; a line without a colour gets that of VOC."""
+    """The names and ``[K, 3]`` RGB uint8 palette of a classes file; a line without a colour gets VOC's."""
     require_regular(path, ConfigError, "table of classes", MAX_TEXT)
     try:
         lines = path.read_text(encoding="utf-8-sig").rstrip().split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: expected a text file with a class a line ({error})") from error
+        raise ConfigError(f"{path}: expected a text file with one class per line ({error})") from error
     if not 2 <= len(lines) <= IGNORE:
-        raise ConfigError(f"{path}: expected 2..{IGNORE} classes, one a line, got {len(lines)}")
+        raise ConfigError(f"{path}: expected 2..{IGNORE} classes, one per line, got {len(lines)}")
     names: list[str] = []
     palette = voc_palette(len(lines))
     for i, line in enumerate(lines):
@@ -100,7 +100,7 @@ def read_classes(path: Path) -> tuple[tuple[str, ...], np.ndarray]:
             got = "an empty line" if not name else f"{len(name)} characters"
             raise DataError(f"{path}:{i + 1}: expected a class name, or name R G B, got {got}")
         if name in names:
-            raise DataError(f"{path}:{i + 1}: class {name!r} is there twice")
+            raise DataError(f"{path}:{i + 1}: class {name!r} occurs twice")
         if any(len(value) > 9 or int(value) > 255 for value in colour):
             raise DataError(f"{path}:{i + 1}: expected a colour of 0..255, got {brief(' '.join(colour))}")
         if colour:

@@ -1,15 +1,15 @@
-"""Your own images by a list: a text file with ``image<TAB>label`` on each line.
+"""Your own images from a list: a text file with ``image<TAB>label`` on each line.
 
 Split ``train`` is train.txt in the root; a split ending in ``.txt`` is that file itself, in the root or anywhere::
 
     ROOT/
-      train.txt    a line: photos/a.jpg<TAB>labels/a.png; blank lines and those that begin with # are left out
+      train.txt    per line: photos/a.jpg<TAB>labels/a.png; blank lines and lines that begin with # are skipped
       val.txt
-      classes.txt  a class a line: name, or name R G B
+      classes.txt  one class per line: name, or name R G B
 
 Paths are absolute, or relative to the list's folder or to root. One that leaves root is an error unless
-``--allow-outside-root`` is given: a list may come from anywhere. Labels hold class ids 0..254, 255 is ignored.
-``--classes FILE`` or ``--num-classes N`` stand in for classes.txt.
+``--allow-outside-root`` is given, because a list may come from anywhere. Labels hold class ids 0..254, 255 is ignored.
+``--classes FILE`` or ``--num-classes N`` replaces classes.txt.
 """
 
 import os
@@ -23,7 +23,7 @@ from dfn_fast.media.listing import read_lines
 
 
 class ListDataset(SegmentationDataset):
-    """A list in the form of this file's docstring; an image's name is its path below root, less the suffix."""
+    """A list in the form of this file's docstring; an image's name is its path below root, without the suffix."""
 
     name = "list"
 
@@ -88,7 +88,7 @@ def _find(field: str, root: Path, folder: Path, limit: Path | None) -> Path:
 
 
 def _name(image: Path, root: Path) -> str:
-    """Relative to root, or to the file system's root for what lies elsewhere: safe to name an output by."""
+    """The path without suffix, relative to root, or to the file system's root if it lies elsewhere: safe for output."""
     image = Path(os.path.splitext(os.path.abspath(image))[0])
     root = Path(os.path.abspath(root))
     return image.relative_to(root if image.is_relative_to(root) else image.anchor).as_posix()

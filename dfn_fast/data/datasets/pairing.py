@@ -1,4 +1,4 @@
-"""What the data sets on disk share: lists of files, files by stem, and pairs whose files are all there."""
+"""Shared by the data sets on disk: paths that stay below a folder, pairs by stem, and pairs whose files all exist."""
 
 import os
 from collections.abc import Iterable
@@ -21,9 +21,9 @@ class PairingError(DataError):
 
 
 def below(limit: Path | None, path: Path) -> Path:
-    """``path`` without its ``..``; raises :class:`DataError` where it leaves the folder ``limit``, if there is one.
+    """``path`` without its ``..``; raises :class:`DataError` if it leaves the folder ``limit``, if there is one.
 
-    Symbolic links are not followed: who made the folder has put them there, who wrote a list has not.
+    Symbolic links are not followed: they come from whoever made the folder, not from whoever wrote the list.
     """
     path = Path(os.path.normpath(path))
     if limit is None or Path(os.path.abspath(path)).is_relative_to(os.path.abspath(limit)):
@@ -35,23 +35,23 @@ def below(limit: Path | None, path: Path) -> Path:
 
 def pair_by_stem(images: dict[str, Path], labels: dict[str, Path], where: str | Path) -> list[Pair]:
     """A pair for each stem; raises :class:`PairingError` for images without a label and labels without an image."""
-    problems = [f"{images[stem]}: no label of this stem" for stem in sorted(images.keys() - labels.keys())]
-    problems += [f"{labels[stem]}: no image of this stem" for stem in sorted(labels.keys() - images.keys())]
+    problems = [f"{images[stem]}: no label with this stem" for stem in sorted(images.keys() - labels.keys())]
+    problems += [f"{labels[stem]}: no image with this stem" for stem in sorted(labels.keys() - images.keys())]
     if problems:
         raise PairingError(where, problems)
     return checked_pairs((Pair(images[stem], labels[stem], stem) for stem in sorted(images)), where)
 
 
 def checked_pairs(pairs: Iterable[Pair], where: str | Path) -> list[Pair]:
-    """The pairs as a list; raises :class:`PairingError` for files not there, lossy labels and names that repeat."""
+    """The pairs as a list; raises :class:`PairingError` for missing files, lossy labels and repeated names."""
     pairs = list(pairs)
-    folders: dict[Path, set[str]] = {}  # listing a folder once is far quicker than asking for each of its files
+    folders: dict[Path, set[str]] = {}  # listing a folder once is far quicker than checking each of its files
 
     def exists(path: Path) -> bool:
         if path.parent not in folders:
             try:
                 folders[path.parent] = set(os.listdir(path.parent))
-            except (OSError, ValueError):  # not there, not to be read, or no name that a folder can have
+            except (OSError, ValueError):  # missing, unreadable, or not a name that a folder can have
                 folders[path.parent] = set()
         return path.name in folders[path.parent]
 
@@ -63,7 +63,7 @@ def checked_pairs(pairs: Iterable[Pair], where: str | Path) -> list[Pair]:
             if not exists(path)
         ]
         if pair.label.suffix.lower() in LOSSY:
-            problems.append(f"{pair.label}: lossy compression changes class ids; make the label anew as PNG")
+            problems.append(f"{pair.label}: lossy compression changes class ids; make the label again as PNG")
         if pair.name in seen:
             problems.append(f"{pair.image}: a second image named {pair.name!r}; names must be unique in a split")
         seen.add(pair.name)

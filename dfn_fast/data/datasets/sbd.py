@@ -8,7 +8,7 @@
       train.txt  val.txt        8,498 and 2,857 ids
 
 and writes ``SegmentationClassAug/*.png`` and ``ImageSets/Segmentation/train_aug.txt`` into VOC2012: SBD's train and val
-and VOC's train, less VOC's val, 10,582 images. An image that VOC has labelled itself keeps VOC's label.
+and VOC's train, without VOC's val, 10,582 images. An image that VOC has labelled itself keeps VOC's label.
 """
 
 import os
@@ -27,7 +27,7 @@ from dfn_fast.media.listing import read_lines
 
 
 class Converted(NamedTuple):
-    """What :func:`convert_sbd` has done."""
+    """The result of :func:`convert_sbd`."""
 
     list_file: Path
     images: int  # in the list
@@ -36,9 +36,9 @@ class Converted(NamedTuple):
 
 
 def convert_sbd(sbd_root: str | Path, voc_root: str | Path) -> Converted:
-    """Writes VOC's augmented labels and their list; labels that are already there are kept, so it can be run again.
+    """Writes VOC's augmented labels and their list; existing labels are kept, so it can be run again.
 
-    Raises :class:`PairingError` with every label that cannot be made; the list is written only when all are there.
+    Raises :class:`PairingError` with every label that cannot be made; the list is written only if there is none.
     """
     sbd, voc = _find_sbd(Path(sbd_root)), find_voc(Path(voc_root))
     target = voc / "SegmentationClassAug"
@@ -59,7 +59,7 @@ def convert_sbd(sbd_root: str | Path, voc_root: str | Path) -> Converted:
         write_text(list_file, "".join(f"{line}\n" for line in lines))
     except OSError as error:
         raise DataError(
-            f"{error.filename or target}: cannot be written ({error.strerror}); run the command again to go on"
+            f"{error.filename or target}: cannot be written ({error.strerror}); run the command again to continue"
         ) from error
     return Converted(list_file, len(ids), written, sum(" " in line for line in lines))
 
@@ -114,7 +114,7 @@ def _ids(list_file: Path) -> list[str]:
 
 
 def _make_label(name: str, sbd: Path, voc: Path, target: Path) -> bool:
-    """Writes the label unless it is there; whether it did."""
+    """Writes the label if it does not exist; returns whether it did."""
     if target.is_file():
         return False
     own = voc / "SegmentationClass" / f"{name}.png"
@@ -124,10 +124,10 @@ def _make_label(name: str, sbd: Path, voc: Path, target: Path) -> bool:
 
 
 def _list_line(name: str, sbd: Path, voc: Path) -> str:
-    """The id, or both paths where the image lies in SBD's folder alone."""
+    """The id, or both paths if the image lies only in SBD's folder."""
     if (voc / "JPEGImages" / f"{name}.jpg").is_file():
         return name
     image = sbd / "img" / f"{name}.jpg"
     if not image.is_file():
-        raise DataError(f"{voc / 'JPEGImages' / image.name}: this image does not exist, nor {image}")
+        raise DataError(f"{voc / 'JPEGImages' / image.name}: this image does not exist, nor does {image}")
     return f"{os.path.relpath(image, voc)} SegmentationClassAug/{name}.png"

@@ -1,10 +1,10 @@
-"""Countryside scenes made on the spot from a seed: the data set that needs no download.
+"""Countryside scenes generated from a seed: the data set that needs no download.
 
-They ask for what DFN offers (sections 1 and 3 of the paper). Look-alike neighbours (inter-class indistinction): water
+They need the strengths of DFN (sections 1 and 3 of the paper). Look-alike neighbours (inter-class indistinction): water
 has the sky's colours and only its ripples differ, a crop has the meadow's colours and only its rows differ, a house's
 windows show the sky. Classes that only context tells apart (intra-class inconsistency): the same craft is a boat on
-water and a wagon on land. A house is large and changes from sunlit to shaded within. Objects hide each other, the
-light changes from scene to scene, the images are noisy, and some pixels are 255: outlines, and a patch without content.
+water and a wagon on land. A house is large and partly sunlit, partly shaded. Objects hide each other, the light changes
+from scene to scene, the images are noisy, and some pixels are 255: outlines, and a patch without content.
 """
 
 import math
@@ -34,7 +34,7 @@ DARK = np.array([44, 40, 42], np.float32)
 
 
 class SyntheticScenes(SegmentationDataset):
-    """``length`` scenes of ``size`` (height, width); a scene follows from ``(seed, split, index)`` alone.
+    """``length`` scenes of ``size`` (height, width); a scene depends only on ``(seed, split, index)``.
 
     Raises :class:`ConfigError` for a split other than ``"train"`` and ``"val"``, a length below 1, a negative seed and
     a size below 64.
@@ -156,7 +156,7 @@ def _choose_places(land: np.ndarray, rng: np.random.Generator) -> list[Place]:
     """Objects on the land, the farthest first."""
     height, width = land.shape
     top = int(np.argmax((land != SKY).any(axis=1)))
-    # Wide enough a stretch of its own ground, to tell what it is.
+    # An object needs a stretch of its own ground that is wide enough to tell what it is.
     stretch = np.ones((height // 24, width // 6), np.uint8)
     grounds = land == WATER, (land == MEADOW) | (land == CROP)
     water, dry = (np.flatnonzero(cv2.erode(ground.astype(np.uint8), stretch)) for ground in grounds)
@@ -200,7 +200,7 @@ class Canvas:
         return slice(y, y + height), slice(x, x + width)
 
     def finish(self, kind: int, shade: np.ndarray) -> None:
-        """Multiplies the object by ``shade``, of its region, and labels it; every third has an outline to ignore."""
+        """Multiplies the object by its region's ``shade`` and labels it; about one in three gets an ignored outline."""
         region = self.region()
         inside = self.mask[region] > 0
         self.image[region] *= np.where(inside, shade, np.float32(1))[..., None]
@@ -211,7 +211,7 @@ class Canvas:
         self.mask[:] = 0
 
     def blank(self) -> None:
-        """A patch of one colour, to ignore."""
+        """Paints an ignored patch of one colour."""
         height, width = self.label.shape
         tall, wide = self.rng.integers(height // 12, height // 5), self.rng.integers(width // 12, width // 4)
         y, x = self.rng.integers(height - tall), self.rng.integers(width - wide)
@@ -220,7 +220,7 @@ class Canvas:
 
 
 def _paint_house(canvas: Canvas, place: Place) -> None:
-    """A front, a side, a roof and windows with the sky in them, under light that falls off across it."""
+    """Paints a front, a side, a roof and windows that mirror the sky, in light that falls off across the house."""
     rng, (kind, x, y, size) = canvas.rng, place
     width, tall = size * rng.uniform(0.3, 0.45), size * rng.uniform(0.2, 0.36)
     side, rise = width * rng.uniform(0.3, 0.6) * rng.choice([-1, 1]), size * rng.uniform(0.1, 0.16)
@@ -245,7 +245,7 @@ def _paint_house(canvas: Canvas, place: Place) -> None:
 
 
 def _paint_tree(canvas: Canvas, place: Place) -> None:
-    """A trunk under a heap of leafy discs."""
+    """Paints a trunk under a heap of leafy discs."""
     rng, (kind, x, y, size) = canvas.rng, place
     tall, leaf = size * rng.uniform(0.32, 0.45), canvas.colour(LEAVES)
     canvas.box(x - tall / 9, y - tall / 2, x + tall / 9, y, BARK)
@@ -258,7 +258,7 @@ def _paint_tree(canvas: Canvas, place: Place) -> None:
 
 
 def _paint_craft(canvas: Canvas, place: Place) -> None:
-    """A hull on two rolls with a cabin: what it is depends on where it stands."""
+    """Paints a hull on two rolls with a cabin: a boat or a wagon, depending on where it stands."""
     rng, (kind, x, y, size) = canvas.rng, place
     half, tall = size * rng.uniform(0.17, 0.22), size * rng.uniform(0.13, 0.16)
     hull, cabin, ahead = canvas.colour(HULLS), canvas.colour(HULLS), rng.choice([-1, 1])
@@ -279,7 +279,7 @@ def _paint_craft(canvas: Canvas, place: Place) -> None:
 
 
 def _photograph(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The painting under a light of its own, softened and with a camera's noise: uint8."""
+    """The painting in a random light, softened and with a camera's noise, as uint8."""
     size = image.shape[:2]
     light = np.clip(rng.uniform(0.75, 1.1) + 0.12 * _smooth_noise(size, (3, 3), rng), 0.5, 1.35)
     tint = rng.uniform(0.9, 1.1, 3).astype(np.float32)

@@ -6,9 +6,9 @@
       JPEGImages/2007_000032.jpg ...
       SegmentationClass/2007_000032.png ...     splits train (1,464), val (1,449), trainval (2,913)
       SegmentationClassAug/2007_000032.png ...  split train_aug (10,582)
-      ImageSets/Segmentation/{train,val,trainval}.txt, and train_aug.txt where there is one
+      ImageSets/Segmentation/{train,val,trainval}.txt, and train_aug.txt if there is one
 
-``train_aug.txt`` may also lie in VOC2012 itself; without it, ``train_aug`` is all of SegmentationClassAug less val.
+``train_aug.txt`` may also lie in VOC2012 itself; without it, ``train_aug`` is SegmentationClassAug without val.
 ``python -m dfn_fast.data convert-sbd SBD_ROOT VOC_ROOT`` makes both from SBD's ``.mat`` files. A line of a list is an
 id, or "image label" with paths below VOC2012.
 """
@@ -42,7 +42,7 @@ def voc_palette(num_classes: int) -> np.ndarray:
 
 
 class VocDataset(SegmentationDataset):
-    """A split of VOC 2012, by the layout in this file's docstring."""
+    """A split of VOC 2012, in the layout of this file's docstring."""
 
     name = "voc"
     classes = VOC_CLASSES
@@ -75,7 +75,7 @@ def segmentation_list(home: Path, split: str) -> Path:
 
 
 def listed_pairs(home: Path, list_file: Path, label_folder: str, limit: Path | None) -> list[Pair]:
-    """The pairs that a list names, by ids or by "image label" paths, all of them below ``limit`` where it is given."""
+    """The pairs that a list names, by ids or by "image label" paths, all of them below ``limit`` if it is given."""
     pairs = []
     for number, line in read_lines(list_file):
         fields = line.split()
@@ -96,7 +96,7 @@ def listed_pairs(home: Path, list_file: Path, label_folder: str, limit: Path | N
 
 
 def _below_voc(home: Path, field: str) -> Path:
-    """DeepLab's lists write ``/JPEGImages/a.jpg`` for a path below VOC2012."""
+    """The path of a list's entry; DeepLab's lists write ``/JPEGImages/a.jpg`` for a path below VOC2012."""
     return Path(field) if os.path.isfile(field) and os.path.isabs(field) else home / field.lstrip("/")
 
 
