@@ -1,4 +1,4 @@
-"""The scores of several scales and windows become one, as :mod:`dfn_fast.inference.settings` defines.
+"""Combines the scores of several scales and windows, as :mod:`dfn_fast.inference.settings` defines.
 
 Whole images take one :func:`~dfn_kernels.resize_normalize` a scale, with both mirror images in a batch. With windows
 the result is assembled one band of rows at a time (:mod:`dfn_fast.inference.windows`).
@@ -20,13 +20,13 @@ from dfn_fast.network.blocks import resize
 from dfn_fast.network.losses import at_least_float32
 from dfn_kernels import resize_normalize
 
-BAND_BYTES = 1 << 26  # of the probabilities that are put together at a time
+BAND_BYTES = 1 << 26  # of the probabilities that are assembled at a time
 
 
 def small_maps(engine: Engine, settings: Settings, images: Tensor) -> tuple[list[Tensor], list[bool]]:
-    """The small score maps of uint8 images ``[B, H, W, 3]`` seen as a whole, and which are of mirror images.
+    """The small score maps of whole uint8 images ``[B, H, W, 3]``, and which of them are of mirror images.
 
-    One map ``[B, K, h, w]`` a scale; with flip another one, of the mirror images and not mirrored back.
+    One map ``[B, K, h, w]`` per scale; with flip another one, of the mirror images and not mirrored back.
     """
     maps, flipped = [], []
     for scale in settings.scales:
@@ -98,7 +98,7 @@ def source(
 
 
 def _torchseg_source(engine: Engine, settings: Settings, image: Tensor, scale: float) -> Cropped:
-    """The authors' rule at one scale; the image by factor, not by size: another grid where a side was rounded."""
+    """The authors' rule at one scale. It resizes by factor, not to a size: the grid differs if a side was rounded."""
     assert settings.window is not None
     scaled = image[0].cpu().numpy()
     if min(round(scale * side) for side in scaled.shape[:2]) > 0:

@@ -1,4 +1,4 @@
-"""The network as a Predictor runs it: fused, in its precision, compiled if asked, and within the memory there is."""
+"""The network as a Predictor runs it: fused, in its precision, compiled if asked, and within the available memory."""
 
 import contextlib
 import threading
@@ -21,18 +21,18 @@ MOST_AT_ONCE = 32  # images or tiles of one batch
 class Engine:
     """Normalised images in, stride-4 scores out.
 
-    Networks are made at the first call that needs them and kept until :meth:`use` or :meth:`refresh`.
+    Networks are built at the first call that needs them and kept until :meth:`use` or :meth:`refresh`.
 
     Args:
         model: a ReferenceDFN, FastDFN or FusedDFN.
-        amp: ``"off"``, ``"bf16"`` or ``"fp16"``; ``"auto"`` counts as ``"off"`` until :meth:`use` ends it.
+        amp: ``"off"``, ``"bf16"`` or ``"fp16"``; ``"auto"`` counts as ``"off"`` until :meth:`use` resolves it.
         compile: runs the network through torch.compile.
         batch: tiles in one run of the network; None: 1 on a CPU, on CUDA as many as free memory allows.
     """
 
     def __init__(self, model: ReferenceDFN | FusedDFN, amp: str, compile: bool, batch: int | None):  # noqa: A002
         self.model, self.amp, self.compile, self.batch = model, amp, compile, batch
-        self._lock = threading.RLock()  # of what is made at the first call
+        self._lock = threading.RLock()  # for everything that is built at the first call
         self.refresh()
 
     def refresh(self) -> None:
@@ -43,7 +43,7 @@ class Engine:
         self._tile_bytes: dict[tuple[int, ...], int] = {}
 
     def use(self, amp: str) -> None:
-        """Changes the precision; networks are made anew."""
+        """Changes the precision; networks are built again."""
         self.amp = amp
         self._network = self._border_network = self._compiled = None
 
@@ -53,7 +53,7 @@ class Engine:
 
     @property
     def network(self) -> FusedDFN:
-        """The fused network of the segmentation."""
+        """The fused network for segmentation."""
         with self._lock:
             if self._network is None:
                 self._network = self._fused()
@@ -74,7 +74,7 @@ class Engine:
         return FusedDFN(self.model, return_border=return_border, dtype=dtype, plain=self.compile)
 
     def scores(self, x: Tensor) -> Tensor:
-        """``[B, 3, h, w]`` -> ``[B, K, h / 4, w / 4]``; half as many images at a time if memory does not suffice."""
+        """``[B, 3, h, w]`` -> ``[B, K, h / 4, w / 4]``; half as many images at a time if memory runs out."""
         network = self.network
         if self.compile and self._compiled is None:
             options = inductor_options(freezing=x.device.type == "cpu")

@@ -1,4 +1,4 @@
-"""A network from a checkpoint: of ours, which says how it was built, or of others, where names and shapes tell."""
+"""Loads a network from a checkpoint: ours say how it was built; for others, names and shapes tell."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,9 +27,9 @@ class LoadedModel:
     model_config: dict[str, Any]  # keyword arguments of the network
     classes: tuple[str, ...]
     palette: np.ndarray  # [K, 3] RGB uint8
-    dataset: str | None  # what the file says that it was trained on
-    mismatch: Mismatch  # what strict=False let pass
-    border_width: int | None  # of the border targets that it was trained on, where the file says
+    dataset: str | None  # the one that it was trained on, if the file says
+    mismatch: Mismatch  # empty unless strict=False
+    border_width: int | None  # of the border targets that it was trained on, if the file says
 
 
 def load_model(
@@ -40,12 +40,12 @@ def load_model(
     channels_last: bool = False,
     strict: bool = True,
 ) -> LoadedModel:
-    """The network in a checkpoint of ours, in a folder that ``save_pretrained`` wrote, or in other people's
-    checkpoint, whose configuration is then inferred.
+    """Loads our checkpoint, a folder that ``save_pretrained`` wrote, or other people's checkpoint, whose configuration
+    is then inferred.
 
-    ``num_classes`` is the class count that the caller needs; another one in the file is an error. Class names and
-    colours that the file does not hold are those of VOC, Cityscapes and CamVid at 21, 19 and 11 classes, else
-    "class i". Raises :class:`CheckpointError`.
+    ``num_classes`` is the class count that the caller needs; another one in the file is an error. If the file has no
+    class names and colours, 21, 19 and 11 classes get those of VOC, Cityscapes and CamVid, other counts "class i" and
+    VOC's colours. Raises :class:`CheckpointError`.
     """
     content = read_folder(path) if Path(path).is_dir() else read_file(path)
     ours = "model_config" in content
@@ -53,7 +53,7 @@ def load_model(
     if ours and (type(found) is not int or found != FORMAT):
         raise CheckpointError(
             f"{path}: expected checkpoint format {FORMAT}, got {brief(found)}; "
-            "use the version of dfn_fast that wrote it, or save its weights alone there"
+            "use the version of dfn_fast that wrote it, or save only its weights there"
         )
     state = state_dict_of(content, str(path))
     given = content["model_config"] if ours else infer_arguments(state, str(path))
@@ -72,7 +72,7 @@ def load_model(
 
 
 def _training(content: Mapping[str, Any], path: str | Path) -> tuple[str | None, int | None]:
-    """The data set and the border width that a checkpoint of ours was trained with, where it says."""
+    """The data set and the border width that our checkpoint was trained with, if it says."""
     dataset, config = content.get("dataset"), content.get("config") or {}
     border_width = config.get("border_width") if isinstance(config, Mapping) else config
     if not isinstance(dataset, str | None) or not isinstance(border_width, int | None):

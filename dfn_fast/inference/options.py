@@ -11,19 +11,22 @@ from dfn_fast.network.reference import ReferenceDFN
 
 
 def add_inference_options(parser: argparse.ArgumentParser) -> None:
-    """The options of a :class:`Predictor`, alike in evaluate and predict."""
+    """Adds the options of a :class:`Predictor`, the same for evaluate and predict."""
     group = parser.add_argument_group("inference")
     group.add_argument("--scales", type=float, nargs="+", default=[1.0], metavar="S", help="image scales (default: 1)")
-    group.add_argument("--flip", action="store_true", help="take the mirror image in at each scale")
+    group.add_argument("--flip", action="store_true", help="also average over the mirror image at each scale")
     group.add_argument(
-        "--window", type=cli.size, metavar="SIZE", help="cut into windows, 512 or 512x1024 (default: whole image)"
+        "--window",
+        type=cli.size,
+        metavar="SIZE",
+        help="use sliding windows, such as 512 or 512x1024 (default: whole image)",
     )
     group.add_argument(
         "--overlap",
         type=float,
         default=1 / 3,
         metavar="X",
-        help="share of a window that the next covers (default: 1/3)",
+        help="least share of a window that the next one covers too (default: 1/3)",
     )
     group.add_argument(
         "--rule",
@@ -32,33 +35,35 @@ def add_inference_options(parser: argparse.ArgumentParser) -> None:
         choices=RULES,
         default="mean",
         metavar="NAME",
-        help="mean: probabilities are averaged (default); torchseg: as DFN's authors combine them, windows of 512",
+        help="mean: average probabilities (default); torchseg: combine them as DFN's authors do, in windows of 512",
     )
     group.add_argument(
         "--window-weight",
         choices=WEIGHTS,
         default="count",
         metavar="NAME",
-        help="of windows that overlap: count, all alike (default), or gaussian, less towards their edges",
+        help="weigh overlapping windows: count, all alike (default), or gaussian, less towards their edges",
     )
     group.add_argument(
         "--amp",
         choices=AMPS,
         metavar="NAME",
-        help="off, bf16, fp16, or auto: bf16, on a CPU unless the first image's labels change with it "
+        help="off, bf16, fp16, or auto: bf16, unless it changes the first image's labels on a CPU "
         "(default: auto on CUDA, off on a CPU)",
     )
-    group.add_argument("--compile", action="store_true", help="torch.compile the network: half a minute a size, first")
     group.add_argument(
-        "--bucket", type=int, metavar="N", help="pad images to multiples of N: fewer sizes to prepare for on CUDA"
+        "--compile", action="store_true", help="use torch.compile, which takes half a minute for each new size"
     )
-    group.add_argument("--device", default="auto", help="cuda, cuda:1, cpu or auto: CUDA where there is one (default)")
+    group.add_argument(
+        "--bucket", type=int, metavar="N", help="pad images to multiples of N, for fewer sizes to prepare on CUDA"
+    )
+    group.add_argument("--device", default="auto", help="cuda, cuda:1, cpu or auto: CUDA if there is one (default)")
 
 
 def predictor_from(arguments: argparse.Namespace, model: ReferenceDFN) -> Predictor:
-    """The predictor that the options of :func:`add_inference_options` ask for, on the model's device."""
+    """The predictor for the options of :func:`add_inference_options`, on the model's device."""
     names = ("scales", "flip", "window", "overlap", "window_weight", "rule", "amp", "compile", "bucket")
     settings = {name: getattr(arguments, name) for name in names}
-    if settings["amp"] is None:  # labels that depend on which image came first must be asked for
+    if settings["amp"] is None:  # on a CPU, auto makes labels depend on the first image, so it is never the default
         settings["amp"] = "auto" if next(model.parameters()).is_cuda else "off"
     return Predictor(model, **settings)

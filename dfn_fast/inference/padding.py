@@ -19,8 +19,8 @@ def bucketed(size: tuple[int, int], multiple: int) -> tuple[int, int]:
 def pad_corner(images: Tensor, size: tuple[int, int], colour: Sequence[int] = PAD_COLOUR) -> Tensor:
     """``[B, h, w, 3]`` uint8 at the top left of ``[B, *size, 3]``, the rest in ``colour``; cut ``[:, :h, :w]`` out.
 
-    Images of that size are returned as they are. ``ValueError`` for larger ones. The network sees the padding: near
-    it, and through global pooling everywhere, scores differ from those of the image alone.
+    Images of that size are returned unchanged. Raises ``ValueError`` for larger ones. The network sees the padding:
+    near it, and through global pooling everywhere, scores differ from those of the image without padding.
     """
     height, width = images.shape[1:3]
     if height > size[0] or width > size[1]:
@@ -35,7 +35,7 @@ def pad_corner(images: Tensor, size: tuple[int, int], colour: Sequence[int] = PA
 
 
 def pad_centred(x: Tensor, size: tuple[int, int], colour: Tensor | None = None) -> tuple[Tensor, tuple]:
-    """``x`` in the middle of a larger image where a side is shorter than in ``size``; and the index that cuts it out.
+    """``x`` in the middle of a larger image if a side is shorter than in ``size``, and the index that cuts it out.
 
     ``colour`` ``[1, 3, 1, 1]``, normalised, is that of the padding; None: 0, the mean of all images.
     """

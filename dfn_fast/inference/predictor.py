@@ -1,7 +1,7 @@
 """From images to labels: several scales, mirror images, windows; as one graph on a GPU.
 
-An image goes down once: ``settings`` says what decides the result and defines it; ``Predictor`` uploads the image and
-chooses precision and graphs; ``combine`` scales it, cuts it into windows and puts the scores together; ``engine`` runs
+The layers from top to bottom: ``settings`` defines the result and its arguments; ``Predictor`` uploads the image and
+chooses precision and graphs; ``combine`` scales it, cuts it into windows and combines the scores; ``engine`` runs
 the fused network (:class:`~dfn_fast.network.fused.FusedDFN`). Whole images take one upload of uint8, one
 :func:`~dfn_kernels.multiscale_argmax` over all scales and one download of labels.
 """
@@ -27,7 +27,7 @@ from dfn_fast.runtime.graph_cache import CudaGraphs, GraphCache
 from dfn_kernels import multiscale_argmax, resize_normalize
 from dfn_kernels.common.cpu import has_bf16_arithmetic
 
-AGREEMENT = 0.999  # of labels in bf16 with those in float32: what "auto" asks of the first image on a CPU
+AGREEMENT = 0.999  # share of the first image's labels that must be the same in bf16, for "auto" on a CPU
 NOT_FINITE = "the network's scores are not finite: the checkpoint is damaged, or try --amp off"
 
 
@@ -41,17 +41,17 @@ class Predictor:
         flip: also averages over the mirrored image.
         window: side or (height, width) of the tiles that the scaled image is cut into; None: the image as a whole.
             Tiles cover the image, the last ones flush with its edge; a side longer than the image is cut to it.
-        overlap: the least share of a tile that the next one covers again.
+        overlap: the least share of a tile that the next one covers too.
         window_weight: ``"count"``: tiles that hold a pixel count alike; ``"gaussian"``: less towards their edges.
         batch: images of one size, or tiles, in one run of the network; None: 1 on a CPU, on CUDA as many as free memory
-            allows. If memory does not suffice after all, half as many.
+            allows. If memory still runs out, half as many.
         rule: ``"mean"`` or ``"torchseg"``: how scores of scales and tiles become one, see
             :mod:`dfn_fast.inference.settings`.
         device: defaults to the model's own.
         amp: ``"off"``, ``"bf16"`` or ``"fp16"``: the precision of the network, not of what follows it. ``"auto"``: bf16
             on CUDA; on a CPU with bf16 arithmetic too, unless it changes more than one label in a thousand of the first
             image.
-        compile: runs the network through torch.compile, once for each size: half a minute, then less a run.
+        compile: runs the network through torch.compile: half a minute for each size, then faster.
         graphs: on CUDA, runs each size of whole images as one CUDA graph.
         graph_cache_bytes: the most that the graphs of all sizes may take together.
         bucket: pads images to multiples of this at the bottom and right, and cuts the labels out again: fewer sizes,
@@ -115,7 +115,7 @@ class Predictor:
 
         A tensor ``[H, W, 3]`` or ``[B, H, W, 3]`` -> a tensor ``[H, W]`` or ``[B, H, W]`` on the network's device; the
         host does not wait for it, so scores that are not finite are not reported there. Raises :class:`UserError` if
-        the network's scores are not finite, or memory does not suffice.
+        the network's scores are not finite, or if memory runs out.
         """
         if isinstance(image, Tensor):
             _check_image(image[0] if image.ndim == 4 and len(image) else image)
@@ -149,7 +149,7 @@ class Predictor:
     def probabilities(self, image: np.ndarray) -> Tensor:
         """``[H, W, 3]`` RGB uint8 -> ``[K, H, W]`` float32 on the model's device; they add up to 1 at each pixel.
 
-        Raises :class:`UserError` if the network's scores are not finite, or memory does not suffice.
+        Raises :class:`UserError` if the network's scores are not finite, or if memory runs out.
         """
         _check_image(image)
         with memory_advice(image.shape[:2]):
@@ -201,7 +201,7 @@ class Predictor:
         return {**self._settings.to_dict(), "amp": self.amp}
 
     def describe(self) -> str:
-        """Scales, flip and window in words: what a number that came from this predictor must name."""
+        """Scales, flip and window in words, to be reported with every number from this predictor."""
         return self._settings.describe(self.amp)
 
     def warm_up(self, sizes: Sequence[tuple[int, int]], batch: int = 1) -> None:
@@ -229,7 +229,7 @@ class Predictor:
         return labels[:, :height, :width], flat[-1]
 
     def _run(self, images: Tensor) -> Tensor:
-        """Labels as one row of bytes, and behind them 1 if all scores were finite: one tensor to bring home."""
+        """Labels as one row of bytes, and behind them 1 if all scores were finite: one tensor to download."""
         if self._settings.window is None:
             maps, flipped = small_maps(self.engine, self._settings, images)
             labels = multiscale_argmax(maps, images.shape[1:3], flipped=flipped)

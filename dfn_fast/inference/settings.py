@@ -1,7 +1,7 @@
-"""What decides a result: scales, mirror images, windows and the rule that makes one score map of them.
+"""The arguments that decide a result: scales, mirror images, windows and the rule that makes one score map of them.
 
-With ``z(x, size)`` the network's stride-4 scores of ``x`` resized to ``size`` (bilinear, ``align_corners=True``), rule
-``"mean"`` is, over scales ``s`` and, with flip, both the scaled image ``I_s`` and its mirror image::
+Let ``z(x, size)`` be the network's stride-4 scores of ``x`` resized to ``size`` (bilinear, ``align_corners=True``).
+Rule ``"mean"`` is, over scales ``s`` and, with flip, over the scaled image ``I_s`` and its mirror image::
 
     probabilities = mean of softmax(z(I_s, image's size))             mirrored scores are mirrored back
 
@@ -70,7 +70,7 @@ class Settings:
         }
 
     def describe(self, amp: str) -> str:
-        """Scales, flip and window in words, and ``amp`` if it was chosen: what a number must be reported with."""
+        """Scales, flip and window in words, and ``amp`` if it was chosen, to be reported with every number."""
         window = "whole image"
         if self.window is not None:
             window = f"window {self.window[0]}x{self.window[1]} overlap {self.overlap:.2f}"

@@ -1,8 +1,8 @@
-"""Images larger than memory likes: the network sees windows, and a band of rows is put together at a time.
+"""Sliding windows for large images: the network sees tiles, and the result is assembled one band of rows at a time.
 
-With ``z(tile)`` the stride-4 scores of a tile, resized to the tile, scores of the scaled image are the mean, over the
-tiles that hold a pixel, of ``z``, weighted by where in the tile the pixel lies. Only the small scores of the rows of
-tiles that a band touches are kept, so memory grows with the image's width alone.
+Let ``z(tile)`` be the stride-4 scores of a tile, resized to the tile. A pixel of the scaled image gets the mean of
+``z`` over the tiles that hold it, weighted by its place in the tile. Only the small scores of the rows of tiles that a
+band touches are kept, so memory grows only with the image's width.
 """
 
 import math
@@ -38,8 +38,8 @@ def _side_weight(length: int, kind: str, like: Tensor) -> Tensor:
 def taps(
     begin: int, end: int, length: int, small: int, align_corners: bool, like: Tensor
 ) -> tuple[int, int, Tensor, Tensor, Tensor]:
-    """Where rows ``begin .. end - 1`` of ``length`` lie among ``small`` rows: the first and last small row that they
-    need, then of each the upper and lower one, counted from the first, and the lower one's share."""
+    """Where rows ``begin .. end - 1`` of ``length`` lie among ``small`` rows: the first small row that they need and
+    the one past the last, then for each row the upper and lower one, counted from the first, and the lower's share."""
     row = torch.arange(begin, end, device=like.device)
     if align_corners:  # row * (small - 1) / (length - 1), exactly
         position, unit = row * (small - 1), max(length - 1, 1)
@@ -65,7 +65,7 @@ def resized_rows(
 ) -> Tensor:
     """Rows ``begin .. end - 1`` of a map of ``small`` (h, w) resized to ``size`` (H, W), ``[F, K, end - begin, W]``.
 
-    ``rows(a, b)`` gives rows ``a .. b - 1`` of the small map, ``[F, K, b - a, w]``; only those needed are asked for.
+    ``rows(a, b)`` gives rows ``a .. b - 1`` of the small map, ``[F, K, b - a, w]``; it is called only for those needed.
     """
     if small == size:
         return rows(begin, end)
@@ -96,15 +96,15 @@ class WindowScores:
     """Scores of a scaled image ``[1, 3, h, w]`` that the network sees in windows, row by row of tiles.
 
     Args:
-        network: its scores of several tiles at once.
+        network: scores several tiles at once.
         window: (height, width) of a tile, at most those of the image.
-        overlap: the share of a tile that the next one covers again, at least.
-        flip: the mirror image of each tile too, mirrored back: F is 2, else 1.
-        batch: tiles at once.
+        overlap: the least share of a tile that the next one covers too.
+        flip: also scores the mirror image of each tile, mirrored back: F is 2, else 1.
+        batch: tiles in one run of the network.
         weight: ``"count"`` or ``"gaussian"``.
-        product: for each tile the product over F of its softmax, summed over tiles and not divided: F is 1 then.
+        product: for each tile the product over F of its softmax, summed over tiles and not divided; F is then 1.
 
-    Rows must be asked for from the top to the bottom: tiles above are forgotten.
+    Call :meth:`rows` from the top to the bottom, because tiles above are dropped.
     """
 
     def __init__(
@@ -183,7 +183,7 @@ class WindowScores:
 
 
 class Cropped:
-    """The part of a padded image's scores that is the image."""
+    """A padded image's scores, cropped to the image."""
 
     def __init__(self, source: WindowScores, inside: tuple):
         self.source, self.align_corners, self.like = source, source.align_corners, source.like
