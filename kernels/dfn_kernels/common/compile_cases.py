@@ -25,4 +25,5 @@ def operators() -> dict[str, ModuleType]:
     package = str(Path(__file__).parents[1])
     names = [m.name for m in pkgutil.walk_packages([package], "dfn_kernels.") if not m.name.endswith("_triton")]
     modules = {name.rpartition(".")[2]: importlib.import_module(name) for name in names}
-    return {name: module for name, module in modules.items() if hasattr(module, "compile_cases")}
+    # Callable: the package `common` has this module under the same name.
+    return {name: module for name, module in modules.items() if callable(getattr(module, "compile_cases", None))}
