@@ -19,7 +19,7 @@ from support.parity import DEVICE
 
 ROOT = Path(__file__).resolve().parents[2]
 REASON = "No module named 'triton'"
-OPERATORS = sorted(set(dfn_kernels.__all__) - {"conv3x3"})  # it has no Triton kernel
+OPERATORS = sorted(set(dfn_kernels.__all__) - {"Packed", "conv3x3", "fused_conv"})  # these have no Triton kernel
 needs_triton = pytest.mark.skipif(MISSING is not None, reason=f"needs Triton ({MISSING})")
 needs_cpu = pytest.mark.skipif(DEVICE != "cpu", reason="runs kernels on CPU tensors, in the interpreter")
 

@@ -6,7 +6,7 @@ from math import isqrt, log1p
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import Phase, given, settings
+from hypothesis import Phase
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -19,6 +19,7 @@ from support.addresses import offsets_of_program
 from support.allocations import Allocations
 from support.loss_problems import LAYOUTS, gradient, in_layouts, labels_in_layout, logits_in_layout
 from support.parity import DEVICE, DTYPES, assert_no_worse_than, random_like
+from support.tiers import each_with_one_dtype, examples, slow
 
 # B, C, the small size, the full size. Rows and the columns between two small columns cost time in the interpreter;
 # width and channels do not.
@@ -34,7 +35,7 @@ SHAPES = [
     (1, 1, 2, 5, 34, 9),  # a large factor: the rows between two small ones are shared by programs
 ]
 # A failure is small as it is, and making it smaller takes minutes in the interpreter.
-without_shrinking = settings(max_examples=10, deadline=None, derandomize=True, phases=[Phase.generate])
+WITHOUT_SHRINKING = {"phases": [Phase.generate]}
 OPERATOR = torch.ops.dfn_kernels.upsample_focal_loss.default
 
 
@@ -58,8 +59,7 @@ def retinanet(z: Tensor, targets: Tensor, alpha: float, gamma: float) -> Tensor:
     return alpha_t * (1 - p_t) ** gamma * F.binary_cross_entropy_with_logits(z, y, reduction="none")
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), each_with_one_dtype(SHAPES, DTYPES))
 def test_matches_the_definition(backend, shape, dtype):
     assert_no_worse_than(upsample_focal_loss_ref, upsample_focal_loss, make_inputs(shape, dtype))
 
@@ -159,8 +159,7 @@ def test_gradient_of_each_pixel_may_be_expanded(backend):
     torch.testing.assert_close(x.grad, y.grad)
 
 
-@without_shrinking
-@given(data=st.data())
+@examples(3, 10, WITHOUT_SHRINKING, data=st.data())
 @pytest.mark.parametrize("name", ["triton", "torch"])
 def test_any_shape_dtype_and_layout(name, data):
     small, full = st.integers(1, 3), st.integers(1, 4)
@@ -218,8 +217,10 @@ def test_any_finite_half_gives_the_right_loss(backend, gamma):
     assert ours[0][0, 1, 0].item() == 0.75 * 65504
 
 
-@without_shrinking
-@given(
+@examples(
+    3,
+    10,
+    WITHOUT_SHRINKING,
     bits=st.lists(st.integers(-0x7BFF, 0x7BFF), min_size=6, max_size=6),
     gamma=st.sampled_from([0.0, 0.5, 2.0]),
     reduction=st.sampled_from(["mean", "none"]),
@@ -352,7 +353,7 @@ def test_behaves_like_a_pytorch_operator(backend, shape, reduction):
 
 
 @torch._inductor.config.patch(force_disable_caches=True)  # the cache does not know when an operator changes
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=slow)])
 def test_compiled_equals_eager(backend, compiler):
     if compiler == "inductor" and backend == "triton" and DEVICE == "cpu":
         pytest.skip("the interpreter's kernels cannot be part of a compiled graph's code")

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -14,6 +13,7 @@ from dfn_kernels import tuning
 from dfn_kernels.images import multiscale_argmax as multiscale
 from dfn_kernels.images.multiscale_argmax import multiscale_argmax, multiscale_argmax_ref
 from support.parity import DEVICE, DTYPES
+from support.tiers import each_with_one_dtype, examples, slow
 
 # Batch, classes, sizes of the maps, which of them are flipped, the full size.
 SHAPES = [
@@ -60,8 +60,7 @@ def assert_decides_alike(maps: Sequence[Tensor], size: tuple[int, int], flipped:
     assert torch.equal(multiscale_argmax(maps, size, flipped=flipped), labels)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), each_with_one_dtype(SHAPES, DTYPES))
 def test_matches_the_definition(backend, shape, dtype):
     B, K, sizes, flipped, size = shape
     assert_decides_alike(make_maps(B, K, sizes, dtype), size, flipped)
@@ -110,8 +109,7 @@ LAYOUTS = {
 }
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
-@given(data=st.data())
+@examples(4, 15, data=st.data())
 @pytest.mark.parametrize("path", ["triton", "torch"])
 def test_any_number_of_maps_of_any_layout(path, data):
     K, B = data.draw(st.sampled_from([1, 2, 3, 21])), data.draw(st.integers(1, 2))
@@ -193,15 +191,22 @@ class Decision(nn.Module):
         return multiscale_argmax([low * 2, high], (7, 9), flipped=[False, True], return_scores=self.return_scores)
 
 
-@pytest.mark.parametrize("return_scores", [False, True])
-def test_compiles_and_exports(monkeypatch, return_scores):
+@pytest.mark.parametrize(
+    ("return_scores", "compiler"),
+    [(False, "aot_eager"), (True, "aot_eager"), pytest.param(True, "inductor", marks=slow)],
+)
+def test_compiled_equals_eager(monkeypatch, return_scores, compiler):
     monkeypatch.setenv("DFN_KERNELS", "torch")
     maps, module = make_maps(2, 4, [(3, 5), (4, 4)]), Decision(return_scores)
-    expected = module(*maps)
-    backends = ["aot_eager", "inductor"] if return_scores else ["aot_eager"]
-    for name in backends:
-        torch.testing.assert_close(torch.compile(module, fullgraph=True, backend=name)(*maps), expected)
-    torch.testing.assert_close(torch.export.export(module, tuple(maps)).module()(*maps), expected)
+    compiled = torch.compile(module, fullgraph=True, backend=compiler)
+    torch.testing.assert_close(compiled(*maps), module(*maps))
+
+
+@pytest.mark.parametrize("return_scores", [False, True])
+def test_exports(monkeypatch, return_scores):
+    monkeypatch.setenv("DFN_KERNELS", "torch")
+    maps, module = make_maps(2, 4, [(3, 5), (4, 4)]), Decision(return_scores)
+    torch.testing.assert_close(torch.export.export(module, tuple(maps)).module()(*maps), module(*maps))
 
 
 def test_computes_in_float32_under_autocast(backend):

@@ -4,7 +4,6 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -12,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dfn_kernels.images import resize_normalize as preprocess
 from dfn_kernels.images.resize_normalize import resize_normalize, resize_normalize_ref
 from support.parity import DEVICE, DTYPES
+from support.tiers import each_with_one_dtype, examples, slow
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -50,9 +50,8 @@ def assert_no_worse_than_definition(images: Tensor, size: tuple[int, int], flip:
     assert error <= bound, f"error {error:.2e}, bound {bound:.2e}"
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("flip", [False, True])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), each_with_one_dtype(SHAPES, DTYPES))
 def test_matches_the_definition(backend, shape, flip, dtype):
     *image_shape, size = shape
     assert_no_worse_than_definition(make_images(*image_shape), size, flip, dtype)
@@ -132,8 +131,7 @@ LAYOUTS = {
 }
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
-@given(data=st.data())
+@examples(4, 15, data=st.data())
 @pytest.mark.parametrize("path", ["triton", "torch"])
 def test_any_size_and_layout(path, data):
     side = st.integers(1, 12)
@@ -166,15 +164,20 @@ class Preprocess(nn.Module):
         return resize_normalize(images, (6, 8), MEAN, STD, flip=True) * 2
 
 
-def test_compiles_and_exports(monkeypatch):
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=slow)])
+def test_compiled_equals_eager(monkeypatch, compiler):
     monkeypatch.setenv("DFN_KERNELS", "torch")
     images, module = make_images(2, 5, 7), Preprocess()
     expected = module(images)
-    for name in ("aot_eager", "inductor"):
-        out = torch.compile(module, fullgraph=True, backend=name)(images)
-        torch.testing.assert_close(out, expected)
-        assert out.stride() == expected.stride()
-    torch.testing.assert_close(torch.export.export(module, (images,)).module()(images), expected)
+    out = torch.compile(module, fullgraph=True, backend=compiler)(images)
+    torch.testing.assert_close(out, expected)
+    assert out.stride() == expected.stride()
+
+
+def test_exports(monkeypatch):
+    monkeypatch.setenv("DFN_KERNELS", "torch")
+    images, module = make_images(2, 5, 7), Preprocess()
+    torch.testing.assert_close(torch.export.export(module, (images,)).module()(images), module(images))
 
 
 def test_autocast_changes_nothing(backend):
