@@ -1,4 +1,4 @@
-"""What all command lines share: readable help, the nearest option for a misspelt one, errors without a traceback."""
+"""Shared by all command lines: readable help, the nearest option for a misspelt one, errors without a traceback."""
 
 import argparse
 import errno

@@ -47,7 +47,7 @@ def parser() -> cli.Parser:
     result = cli.Parser(
         prog="python -m dfn_fast.export",
         usage="%(prog)s CHECKPOINT OUTPUT [options]",
-        description="Write a network for deployment, and check what was written.",
+        description="Write a network for deployment, and check the file.",
         epilog=EPILOG,
     )
     result.add_argument(

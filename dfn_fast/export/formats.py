@@ -43,7 +43,7 @@ def require_tools(file_format: str) -> None:
         compiler = config.cpp.cxx[1]
         if shutil.which(compiler) is None:
             raise ConfigError(
-                f"--format aoti needs a C++ compiler, and there is no {compiler}; install one (apt install g++), name "
+                f"--format aoti needs a C++ compiler, but there is no {compiler}; install one (apt install g++), name "
                 "yours in the variable CXX, or use --format pt2"
             )
 

@@ -1,4 +1,4 @@
-"""What is exported: the network with its input and output, and its metadata."""
+"""The exported network with its input and output, and its metadata."""
 
 import json
 

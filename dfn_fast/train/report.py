@@ -1,4 +1,4 @@
-"""What a training run shows: validation, pictures, summary, TensorBoard."""
+"""The reports of a training run: validation, pictures, summary, TensorBoard."""
 
 from typing import Any
 

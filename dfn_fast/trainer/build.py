@@ -44,7 +44,7 @@ def build_model(config: TrainConfig, num_classes: int, world: World = ALONE) -> 
     if config.weights is not None:
         mismatch = load_weights(model, config.weights, strict=config.strict)
         if mismatch:
-            print(f"{config.weights}: loaded what fits; {mismatch}", file=sys.stderr)
+            print(f"{config.weights}: loaded the tensors that fit; {mismatch}", file=sys.stderr)
     return model
 
 

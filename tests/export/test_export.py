@@ -269,7 +269,7 @@ def test_a_missing_package_is_an_error_that_says_what_to_install(tiny, here, mon
 def test_a_missing_compiler_is_an_error(tiny, here):
     # Its own patch: what monkeypatch puts back is deleted from Inductor's settings, for all tests to come.
     patch = torch._inductor.config.patch("cpp.cxx", (None, "no-such-compiler"))
-    with patch, pytest.raises(ConfigError, match=r"needs a C\+\+ compiler, and there is no no-such-compiler"):
+    with patch, pytest.raises(ConfigError, match=r"needs a C\+\+ compiler, but there is no no-such-compiler"):
         main(["-", "dfn.pt2", "--format", "aoti"])
 
 

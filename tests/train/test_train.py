@@ -182,7 +182,7 @@ def test_weights_that_fit_in_part_are_an_error_or_named(tiny, capsys):
     with pytest.raises(CheckpointError, match="wrong shape"):
         tiny("second", "--weights", str(first.last), "--border-channels", "5")
     tiny("second", "--weights", str(first.last), "--border-channels", "5", "--no-strict", "--stop-after", "1")
-    assert "loaded what fits; " in capsys.readouterr().err
+    assert "loaded the tensors that fit; " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
