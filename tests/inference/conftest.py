@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from support.predictions import random_model
+from support.plain_predictions import random_model
 
 
 @pytest.fixture(scope="module")

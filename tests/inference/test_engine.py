@@ -11,7 +11,7 @@ from dfn_fast.errors import ConfigError, UserError
 from dfn_fast.inference import predictor as inference
 from dfn_fast.inference.predictor import Predictor
 from dfn_fast.network.fused import FusedDFN
-from support.predictions import random_model
+from support.plain_predictions import random_model
 from support.stand_in_graphs import StandIn
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

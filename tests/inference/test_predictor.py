@@ -11,7 +11,7 @@ from torch import nn
 from dfn_fast.errors import ConfigError, UserError
 from dfn_fast.inference.predictor import Predictor
 from dfn_fast.network.reference import ReferenceDFN
-from support.predictions import K, normalised, random_model, resized, scaled, small_scores, softmax
+from support.plain_predictions import K, normalised, random_model, resized, scaled, small_scores, softmax
 
 
 def test_one_scale_is_the_networks_own_answer(model, picture):

@@ -11,7 +11,7 @@ import torch
 from dfn_fast.inference import combine
 from dfn_fast.inference.predictor import Predictor
 from dfn_fast.network.reference import ReferenceDFN
-from support.predictions import K, gaussian, normalised, resized, scaled, small_scores, softmax, starts
+from support.plain_predictions import K, gaussian, normalised, resized, scaled, small_scores, softmax, starts
 
 
 @pytest.mark.parametrize("batch", [None, 3])

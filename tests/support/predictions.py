@@ -1,82 +1,47 @@
-"""Predictions from their definition: plain loops over scales, windows and mirror images, in NumPy and float64."""
+"""Runs of ``dfn_fast.predict``: images to predict, the command itself, and the files that it leaves."""
 
-import cv2
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
 import numpy as np
-import torch
-from torch import nn
+import pytest
 
-from dfn_fast.network.reference import ReferenceDFN
-
-MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
-K = 3
+from dfn_fast.predict import prediction
+from dfn_fast.predict.__main__ import main
 
 
-def random_model():
-    """A small network with random batch norm statistics, whose scores differ from pixel to pixel by about one."""
-    torch.manual_seed(0)
-    model = ReferenceDFN(K, backbone="resnet18", stem="conv7", channels=8, border_channels=4)
-    for layer in model.modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            nn.init.uniform_(layer.running_var, 0.5, 2)
-            nn.init.normal_(layer.running_mean, std=0.2)
-            nn.init.normal_(layer.bias, std=0.2)
-    model.eval()
-    with torch.no_grad():
-        for score, head in zip(
-            model.scores(torch.randn(1, 3, 64, 64)), (model.smooth_heads, model.border_heads), strict=True
-        ):
-            head[3].conv.weight /= score[-1].std()
-    return model
+def picture(seed: int, height: int = 40, width: int = 52) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3)).astype(np.uint8)
 
 
-def resized(maps, size):
-    """``[..., h, w]`` -> ``[..., *size]``, bilinear between corners, from the definition."""
-    for axis, length in ((-2, size[0]), (-1, size[1])):
-        have = maps.shape[axis]
-        matrix = np.zeros((length, have))
-        for j in range(length):
-            place = j * (have - 1) / (length - 1)
-            i = min(int(place), max(have - 2, 0))
-            matrix[j, i] += 1 - (place - i)
-            if have > 1:
-                matrix[j, i + 1] += place - i
-        maps = np.moveaxis(np.moveaxis(maps, axis, -1) @ matrix.T, -1, axis)
-    return maps
+def files(folder: str | Path) -> list[str]:
+    """All files below a folder, as paths relative to it."""
+    return sorted(path.relative_to(folder).as_posix() for path in Path(folder).rglob("*") if path.is_file())
 
 
-def normalised(image):
-    return (image / 255 - MEAN) / STD
+def run(*arguments: object) -> int:
+    """Runs the command on the CPU. Returns its exit code."""
+    return main([*map(str, arguments), "--device", "cpu"])
 
 
-def small_scores(model, x, heads="smooth_heads"):
-    """The stride-4 scores ``[K, h, w]`` of normalised ``[H, W, 3]``, read off the last head's convolution."""
-    kept = []
-    hook = getattr(model, heads)[3].conv.register_forward_hook(lambda module, args, output: kept.append(output))
-    with torch.no_grad():
-        model.scores(torch.from_numpy(np.ascontiguousarray(x.transpose(2, 0, 1)))[None])
-    hook.remove()
-    return kept[0][0].numpy()
+def contents(folder: str | Path) -> dict[str, bytes]:
+    """The bytes of each file except videos, of which tests compare the decoded frames."""
+    return {name: Path(folder, name).read_bytes() for name in files(folder) if not name.endswith(".mp4")}
 
 
-def softmax(scores):
-    powers = np.exp(scores - scores.max(0))
-    return powers / powers.sum(0)
+@contextlib.contextmanager
+def segmenting(stop_after: int | None = None) -> Iterator[list[int]]:
+    """Within it segmenting is interrupted at the image after ``stop_after``. Yields the sizes of the batches run."""
+    plain, batches = prediction.segment, []
 
+    def segment(predictor, images):
+        if stop_after is not None and sum(batches) + len(images) > stop_after:
+            raise KeyboardInterrupt
+        assert len({image.shape for image in images}) == 1
+        batches.append(len(images))
+        return plain(predictor, images)
 
-def scaled(image, scale):
-    height, width = image.shape[:2]
-    size = (round(width * scale), round(height * scale))
-    return cv2.resize(image.astype(np.float64), size, interpolation=cv2.INTER_LINEAR)
-
-
-def starts(length, window, stride):
-    """First positions such that each is one stride on, until the end is covered by one flush with it."""
-    places = [0]
-    while places[-1] + window < length:
-        places.append(min(places[-1] + stride, length - window))
-    return places
-
-
-def gaussian(length):
-    """A Gaussian around the middle of a side, an eighth of it wide."""
-    return np.exp(-0.5 * ((np.arange(length) - (length - 1) / 2) / (length / 8)) ** 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prediction, "segment", segment)
+        yield batches
