@@ -93,7 +93,7 @@ def _decode(segmentation: list | dict, height: int, width: int) -> np.ndarray:
     """
     masks = _mask_module()
     if not isinstance(segmentation, list) and list(segmentation["size"]) != [height, width]:
-        raise ValueError(f"expected a run-length code for {segmentation['size']} in an image of {[height, width]}")
+        raise ValueError(f"a run-length code for {segmentation['size']} in an image of {[height, width]}")
     if isinstance(segmentation, list):
         polygons = [polygon for polygon in segmentation if len(polygon) >= 6]  # four numbers would be read as a box
         if any(not -MAX_SIDE <= x <= 2 * MAX_SIDE for polygon in polygons for x in polygon):
