@@ -1,3 +1,5 @@
+"""A profile of training steps: its trace and its tables."""
+
 import gzip
 import json
 from types import SimpleNamespace
@@ -8,6 +10,7 @@ from torch.autograd import DeviceType
 
 from dfn_fast.runtime.profiling import StepProfiler, kind_of, report
 from support.steps import tiny_batch, tiny_trainer
+from support.tiny_resnet import tiny_backbones
 
 
 def profiled(trainer, folder, steps=8, regions=True, epoch=8):
@@ -59,7 +62,8 @@ def test_a_profile_is_a_trace_and_two_tables(tmp_path):
 
 
 def test_without_regions_the_kinds_are_left(tmp_path):
-    trainer = tiny_trainer(parts={"border": False})
+    with tiny_backbones():  # less to trace
+        trainer = tiny_trainer(parts={"border": False})
     trainer.loss = torch.compile(trainer.loss, fullgraph=True, backend="eager")
     text = profiled(trainer, tmp_path, regions=False)
     assert "--no-compile" in text

@@ -1,7 +1,7 @@
 """Broken files for ``test_fuzz.py``. ``mutated(kind, number)`` depends on nothing else, so a case can be made again::
 
-    python tests/fuzzing.py png 1234         one case, with its traceback
-    python tests/fuzzing.py all 0:100000     many, spread over the kinds; failures are printed, JSON sums up
+    python tests/support/broken_files.py png 1234     one case, with its traceback
+    python tests/support/broken_files.py all 0:100000 many, spread over the kinds; failures are printed, JSON sums up
 
 A case ends in success or in a :class:`UserError` whose text names the file and is short. It has ``CASE_SECONDS``; the
 process has ``MEMORY`` bytes more than when it began.

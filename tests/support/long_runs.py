@@ -1,5 +1,5 @@
 """Runs that are long in steps and short in time, in a process of their own. As a script it prints, as JSON, a list of
-:func:`usage` over the run: ``python long_runs.py train FOLDER`` or ``python long_runs.py predict``."""
+:func:`usage` over the run: ``python long_runs.py train FOLDER`` or ``python long_runs.py predict IMAGES``."""
 
 import gc
 import json
@@ -21,7 +21,7 @@ from dfn_fast.train.folder import RunFolder
 from dfn_fast.train.run import Run
 from support.tiny_resnet import tiny_backbones
 
-ITERATIONS, IMAGES, BLOCK = 2000, 500, 10
+ITERATIONS, BLOCK = 2000, 10
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -86,7 +86,7 @@ def train(folder: Path) -> list[dict[str, int]]:
     return run.usage
 
 
-def predict() -> list[dict[str, int]]:
+def predict(count: int) -> list[dict[str, int]]:
     """Images of as many sizes, through readers, a predictor and writers, as ``dfn_fast.predict`` has them."""
     with tiny_backbones():
         model = FastDFN(3, backbone="resnet18", stem="conv7", channels=8, border_channels=4)
@@ -94,14 +94,14 @@ def predict() -> list[dict[str, int]]:
     settings = ({}, {"scales": (0.75, 1.25), "flip": True}, {"window": 48})
     predictors = [Predictor(model, device=DEVICE, amp="off", graph_cache_bytes=1 << 24, **s) for s in settings]
     rng = np.random.default_rng(0)
-    sizes = rng.choice(64 * 64, IMAGES, replace=False)  # no two alike
+    sizes = rng.choice(64 * 64, count, replace=False)  # no two alike
     images = [rng.integers(0, 256, (33 + n // 64, 33 + n % 64, 3), np.uint8) for n in sizes.tolist()]
     found, shapes = [], []
 
     def write(number: int, labels: np.ndarray) -> None:
         shapes.append((number, labels.shape))
 
-    for begin in range(0, IMAGES, BLOCK):
+    for begin in range(0, count, BLOCK):
         predictor = predictors[begin // BLOCK % len(predictors)]
         Pipeline(images.__getitem__, predictor, write, lambda number, error: None)(range(begin, begin + BLOCK))
         assert sorted(shapes) == [(i, images[i].shape[:2]) for i in range(begin, begin + BLOCK)]
@@ -113,5 +113,5 @@ def predict() -> list[dict[str, int]]:
 if __name__ == "__main__":
     cv2.setNumThreads(1)
     gc.freeze()  # what the imports made is neither searched nor counted
-    result = train(Path(sys.argv[2])) if sys.argv[1] == "train" else predict()
+    result = train(Path(sys.argv[2])) if sys.argv[1] == "train" else predict(int(sys.argv[2]))
     print(json.dumps(result))

@@ -14,6 +14,7 @@ from dfn_fast.evaluate.metrics import BorderScore, BoundaryFScore, ConfusionMatr
 from dfn_fast.inference.predictor import Predictor
 from dfn_fast.media.overlays import colorize, overlay
 from support.networks import random_dfn
+from support.tiny_resnet import tiny_backbones
 
 CLASSES = 3
 PALETTE = np.arange(3 * CLASSES, dtype=np.uint8).reshape(CLASSES, 3)
@@ -40,7 +41,8 @@ pytestmark = [pytest.mark.parametrize("layout", LAYOUTS), pytest.mark.filterwarn
 
 @pytest.fixture(scope="module")
 def model():
-    return random_dfn(CLASSES, stem="conv7", channels=8, border_channels=4).float().eval()
+    with tiny_backbones():
+        return random_dfn(CLASSES, stem="conv7", channels=8, border_channels=4).float().eval()
 
 
 def image_and_label(layout: str) -> tuple[np.ndarray, np.ndarray]:

@@ -14,8 +14,10 @@ from dfn_fast.runtime.device import choose_algorithms, inductor_options
 from dfn_fast.train import __main__ as train
 from dfn_fast.train.folder import RunFolder
 from support.runs import SMALL_RUN, differences, small_runs, timeless_metrics
+from support.tiny_resnet import tiny_backbones
 
 on_a_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+TINY = "--stem conv7 --border-channels 4"
 DEVICES = ["cpu", pytest.param("cuda", marks=on_a_gpu)]
 pytestmark = pytest.mark.filterwarnings("error:.*does not have a deterministic implementation")
 
@@ -37,9 +39,9 @@ def settings_restored(monkeypatch):
 
 
 def trained(folder, device, *words):
-    options = [*SMALL_RUN.replace("--no-border --no-deep-supervision", "").split(), "--deterministic", "--epochs", "1"]
-    with small_runs():
-        train.main([*options, "--device", device, *words, "--output-dir", str(folder)])
+    options = [*SMALL_RUN.replace("--no-border --no-deep-supervision", "").split(), *TINY.split(), "--deterministic"]
+    with small_runs(), tiny_backbones():
+        train.main([*options, "--epochs", "1", "--device", device, *words, "--output-dir", str(folder)])
     return RunFolder(folder)
 
 
@@ -55,7 +57,7 @@ def evaluated(run, device, number, monkeypatch):
     file = run.path / f"report-{number}.json"
     monkeypatch.setattr(evaluation, "ConfusionMatrix", Watched)
     options = ["--scales", "0.75", "1", "--flip", "--border", "--deterministic", "--device", device]
-    with small_runs():
+    with small_runs(), tiny_backbones():
         evaluate.main([str(run.best), *options, "--json", str(file)])
     report = json.loads(file.read_text())
     del report["seconds"], report["images_per_second"]

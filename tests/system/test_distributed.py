@@ -41,25 +41,31 @@ from dfn_fast.trainer.finite import NonFiniteLoss
 from dfn_fast.trainer.parallel import SyncBatchNorm, unused_parameters, valid_shares
 from support.runs import write_blobs
 from support.steps import CLASSES, tiny_batch, tiny_trainer
+from support.tiny_resnet import tiny_backbones
 
 PAIR = [World(rank, 2, rank) for rank in range(2)]
-TINY = "camvid --data folder --root photos --backbone resnet18 --channels 8 --border-channels 4 --crop 64"
+TINY = "camvid --data folder --root photos --backbone resnet18 --stem conv7 --channels 8 --border-channels 4 --crop 64"
 TINY += " --no-global-context"  # over four images that are much alike, its batch norm magnifies every rounding
 TINY += " --batch-size 4 --lr 0.0002 --border-width 3 --workers 0 --log-every 1 --device cpu --scales 0.75 1"
 TINY += " --checkpoint-every 2 --epochs 2 --val-every 2"
 EVALUATION = ["two/last.pth", "--root", "photos", "--border", "--device", "cpu", "--json"]
-BATCH, STEPS = 8, 20  # of a whole step; a slice of one process has half of it
+BATCH = 8  # of a whole step; a slice of one process has half of it
+STEPS = {"float32": 8}  # batch 3, whose first half has no valid pixel, is among them; of the others: 3
 CASES = {
-    "float32": ({}, STEPS),
-    "accumulated": ({"accumulate": 2}, 2),
-    "recomputed": ({"memory": "norm"}, 2),
-    "torchseg": ({"focal": "torchseg"}, 2),
-    "no border loss": ({"border_weight": 0.0}, 2),
-    "reference": ({"model": "reference"}, 2),
+    "float32": {},
+    "accumulated": {"accumulate": 2},
+    "recomputed": {"memory": "norm"},
+    "torchseg": {"focal": "torchseg"},
+    "no border loss": {"border_weight": 0.0},
+    "reference": {"model": "reference"},
 }
 FSDP_CASES = {
-    "sharded, accumulated": {"accumulate": 2},
-    "sharded, recomputed": {"memory": "norm", "blocks": 2},  # several sharded blocks in one recomputed part
+    "sharded, accumulated": {"fsdp": True, "accumulate": 2},
+    "sharded, recomputed": {
+        "fsdp": True,
+        "memory": "norm",
+        "blocks": 2,
+    },  # several sharded blocks in one recomputed part
 }
 
 
@@ -87,7 +93,8 @@ def trainer_of(world: World, **settings):
     network = ReferenceDFN if settings.get("model") == "reference" else FastDFN
     focal = SigmoidFocalLoss(torchseg=settings.get("focal") == "torchseg")
     parts = {"aux_criterion": focal}
-    trainer = tiny_trainer(network=network, parts=parts, world=world, amp="off", lr=0.0005, **settings)
+    with tiny_backbones():
+        trainer = tiny_trainer(network=network, parts=parts, world=world, amp="off", lr=0.0005, **settings)
     if trainer.config.memory != "off":
         set_recompute(trainer.model, trainer.config.memory)
     return trainer
@@ -102,9 +109,11 @@ def losses_of(trainer, world: World, steps: int, first: int = 0) -> list[float]:
     return watch.read()
 
 
-def outcome(world: World, settings: dict, steps: int) -> dict:
-    trainer = trainer_of(world, **settings)
-    losses = losses_of(trainer, world, steps)
+def outcome(world: World, name: str) -> dict:
+    """What comes of a case. One process has nothing to shard."""
+    settings = (CASES | FSDP_CASES)[name]
+    trainer = trainer_of(world, **{**settings, "fsdp": "fsdp" in settings and world.size > 1})
+    losses = losses_of(trainer, world, STEPS.get(name, 3))
     state = trainer.state()
     return {"losses": losses, "model": state["model"], "optimizer": state["optimizer"]}
 
@@ -131,6 +140,11 @@ def free_port() -> int:
 
 def in_pair(rank: int, ports: list[int], folder: Path) -> None:
     """All that needs two processes; the first writes what it found to found.pth."""
+    with tiny_backbones():
+        work_in_pair(rank, ports, folder)
+
+
+def work_in_pair(rank: int, ports: list[int], folder: Path) -> None:
     os.chdir(folder)
     torch.set_num_threads(1)  # as torchrun has it: the same sums, to the last bit
     environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost"}
@@ -161,14 +175,14 @@ def in_pair(rank: int, ports: list[int], folder: Path) -> None:
     port()
     with processes() as world:
         found["writes"], found["stops"] = world.gather([len(writes[1])]), world.gather([seen[-1]])
-        for name, (settings, steps) in CASES.items():
-            found[name] = outcome(world, settings, steps)
+        for name in CASES:
+            found[name] = outcome(world, name)
         found["averaged"] = averaged(world)
         found["nan"] = world.gather([nan_error(world)])
         found["refused"] = world.gather([refusal(world)])
         found["norm"] = world.gather([norm_outputs(world)])
-        for name, settings in FSDP_CASES.items():
-            found[name] = outcome(world, {"fsdp": True, **settings}, 2)
+        for name in FSDP_CASES:
+            found[name] = outcome(world, name)
         found["resumed"] = resumed(world)
     if rank == 0:
         torch.save(found, "found.pth")
@@ -253,7 +267,7 @@ def pair(tmp_path_factory):
     context = torch.multiprocessing.start_processes(
         in_pair, ([free_port() for _ in range(4)], folder), nprocs=2, join=False, start_method="spawn"
     )
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, tiny_backbones():
         patch.chdir(folder)
         patch.setattr("dfn_fast.train.__main__.draw", no_pictures)
         main([*TINY.split(), "--output-dir", "one"])
@@ -271,8 +285,7 @@ def largest_difference(a: dict, b: dict) -> float:
 @pytest.mark.parametrize("name", [*CASES, *FSDP_CASES])
 def test_two_processes_train_as_one(pair, name):
     _, found = pair
-    settings, steps = CASES.get(name) or (FSDP_CASES[name], 2)
-    alone = outcome(ALONE, settings, steps)
+    alone = outcome(ALONE, name)
     assert max(alone["losses"]) - min(alone["losses"]) > 1e-3
     assert found[name]["losses"] == pytest.approx(alone["losses"], rel=1e-5)
     assert largest_difference(found[name]["model"], alone["model"]) < 1e-3
@@ -280,7 +293,7 @@ def test_two_processes_train_as_one(pair, name):
     assert momenta[0].keys() == momenta[1].keys()
 
 
-def test_gradients_are_averaged_in_the_last_accumulated_pass_alone(pair):
+def test_gradients_are_averaged_only_in_the_last_pass(pair):
     assert pair[1]["averaged"] == [False, True]
 
 
@@ -310,7 +323,7 @@ def test_an_error_of_the_first_process_is_raised_in_all(pair):
     assert pair[1]["refused"] == ["refused by the first"] * 2
 
 
-def test_a_stop_of_one_process_stops_all_at_the_same_iteration(pair):
+def test_a_stop_of_one_process_stops_all_at_one_iteration(pair):
     folder, found = pair
     first, second = found["stops"]
     assert first == second == read_file(folder / "stopped" / "last.pth")["position"]["iteration"] == 4
@@ -332,7 +345,8 @@ def test_sharded_evaluation_equals_unsharded(pair, monkeypatch):
     folder, _ = pair
     monkeypatch.chdir(folder)
     monkeypatch.setattr(Predictor, "__call__", noisy)
-    dfn_fast.evaluate.__main__.main([*EVALUATION, "one.json"])
+    with tiny_backbones():
+        dfn_fast.evaluate.__main__.main([*EVALUATION, "one.json"])
     one, two = (json.loads(Path(name).read_text()) for name in ("one.json", "two.json"))
     for report in (one, two):
         del report["seconds"], report["images_per_second"]
@@ -364,24 +378,36 @@ def worker_of(agent: int, rank: int) -> int:
     return next(int(pid) for pid in children if f"\0RANK={rank}\0" in Path(f"/proc/{pid}/environ").read_text())
 
 
+def train_in_pair(rank: int, port: int, folder: Path) -> None:
+    """One of two processes of an undisturbed run."""
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    dfn_fast.train.__main__.draw = no_pictures
+    with tiny_backbones():
+        assert main([*TINY.split(), "--output-dir", "two"]) == 0
+
+
+@pytest.mark.slow  # torchrun, and seven processes that import PyTorch
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the worker in /proc")
-def test_a_killed_worker_is_started_again_and_the_run_ends_as_if_nothing_had_been(pair):
-    folder, _ = pair
+def test_a_killed_worker_is_started_again_and_changes_no_bit(tmp_path):
+    photos(tmp_path / "photos")
+    torch.multiprocessing.start_processes(train_in_pair, (free_port(), tmp_path), nprocs=2, start_method="spawn")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
-    command += ["-m", "dfn_fast.train", *TINY.split()]  # the folder is the default one, and stays it
+    command += ["-m", "support.tiny_train", *TINY.split()]  # the folder is the default one, and stays it
     process = subprocess.Popen(
         command,
-        cwd=folder,
+        cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
     )
     try:
-        last = folder / "runs" / "camvid" / "last.pth"
-        while not last.with_name(
-            "previous.pth"
-        ).exists():  # the checkpoint of iteration 2 takes the name of the start's
+        last = tmp_path / "runs" / "camvid" / "last.pth"
+        # The checkpoint of iteration 2 takes the name of the start's.
+        while not last.with_name("previous.pth").exists():
             assert process.poll() is None, process.communicate()[1]
             time.sleep(0.01)
         os.kill(worker_of(process.pid, 1), signal.SIGKILL)
@@ -389,10 +415,10 @@ def test_a_killed_worker_is_started_again_and_the_run_ends_as_if_nothing_had_bee
     finally:
         process.kill()
     assert process.returncode == 0, err
-    assert os.listdir(folder / "runs") == ["camvid"]
+    assert os.listdir(tmp_path / "runs") == ["camvid"]
     assert "goes on from iteration 2" in out
     assert out.count("training FastDFN") == 2  # the first process alone says it, each time
-    killed, undisturbed = (read_file(path)["model"] for path in (last, folder / "two" / "last.pth"))
+    killed, undisturbed = (read_file(path)["model"] for path in (last, tmp_path / "two" / "last.pth"))
     assert [name for name in killed if not torch.equal(killed[name], undisturbed[name])] == []
 
 
@@ -406,14 +432,15 @@ def agent_store(monkeypatch):
     return store
 
 
-def test_a_run_that_died_before_its_first_checkpoint_starts_anew_in_its_folder(agent_store, tmp_path, monkeypatch):
+def test_a_run_that_died_before_a_checkpoint_starts_anew(agent_store, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     photos(tmp_path / "photos")
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "train", lambda self: self.folder.log({"kind": "train", "iteration": 1}) or 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            main(TINY.split())
-    assert main([*TINY.split(), "--stop-after", "2"]) == 0
+    with tiny_backbones():
+        with monkeypatch.context() as patch:
+            patch.setattr(Run, "train", lambda self: self.folder.log({"kind": "train", "iteration": 1}) or 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                main(TINY.split())
+        assert main([*TINY.split(), "--stop-after", "2"]) == 0
     assert os.listdir("runs") == ["camvid"]
     assert [record["iteration"] for record in RunFolder("runs/camvid").metrics()] == [1, 2]
 
@@ -452,7 +479,7 @@ def test_a_batch_that_does_not_divide_is_an_error(batch, size, near):
         World(0, size).share(batch)
 
 
-def test_the_shares_of_all_processes_make_the_mean_over_all_valid_pixels(monkeypatch):
+def test_the_shares_make_the_mean_over_all_valid_pixels(monkeypatch):
     batch = tiny_batch()
     parts = [[x[rows] for x in batch[1:3]] for rows in (slice(0, 1), slice(1, 3))]
     parts[0][0] = torch.full_like(parts[0][0], 255)
@@ -466,7 +493,7 @@ def test_the_shares_of_all_processes_make_the_mean_over_all_valid_pixels(monkeyp
 
 
 @pytest.mark.parametrize("border_weight", [0.1, 0.0])
-def test_the_parameters_that_nothing_waits_for_are_those_without_a_gradient(border_weight):
+def test_parameters_not_waited_for_are_those_without_gradient(border_weight):
     trainer = tiny_trainer(border_weight=border_weight)
     trainer.forward_backward(*tiny_batch()[:3])
     without = [id(p) for p in trainer.model.parameters() if p.grad is None]
@@ -481,7 +508,7 @@ def test_the_parameters_that_nothing_waits_for_are_those_without_a_gradient(bord
         ({"cuda_graph": True}, PAIR[0], "--cuda-graph records the work of one process"),
     ],
 )
-def test_options_that_do_not_go_with_the_number_of_processes(changes, world, message):
+def test_options_that_forbid_the_number_of_processes(changes, world, message):
     with pytest.raises(ConfigError, match=message):
         require_possible(dataclasses.replace(TrainConfig(), **changes), world)
 

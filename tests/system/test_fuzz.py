@@ -10,12 +10,13 @@ import pytest
 from support.broken_files import KINDS, MEMORY, mutated
 
 ROOT = Path(__file__).resolve().parents[2]
-CASES = 3000
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the limits on time and memory are POSIX")
-def test_every_broken_file_is_read_or_refused_by_name():
-    command = [sys.executable, ROOT / "tests" / "support" / "broken_files.py", "all", f"0:{CASES}"]
+# The short range has both outcomes of each kind, which is rare among safetensors.
+@pytest.mark.parametrize("cases", [range(1200, 1600), pytest.param(range(3000), marks=pytest.mark.slow)], ids=len)
+def test_every_broken_file_is_read_or_refused_by_name(cases):
+    command = [sys.executable, ROOT / "tests" / "support" / "broken_files.py", "all", f"{cases.start}:{cases.stop}"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=1200)
     lines = done.stdout.splitlines()
     failures = [line for line in lines if line.startswith("FAILED")]
@@ -23,7 +24,7 @@ def test_every_broken_file_is_read_or_refused_by_name():
     summary = json.loads(lines[-1])
     assert done.returncode == 0, "\n".join([f"{len(failures)} cases failed", done.stdout[:5000]])
     counts = summary["counts"]
-    assert sum(sum(count.values()) for count in counts.values()) == CASES
+    assert sum(sum(count.values()) for count in counts.values()) == len(cases)
     # Both outcomes occur: the changes are neither too wild to get anywhere nor too tame to be noticed.
     assert {kind for kind, count in counts.items() if not count["refused"]} == set()
     assert {kind for kind, count in counts.items() if not count["read"]} == {"code", "network"}

@@ -63,6 +63,14 @@ def test_a_leak_is_seen(name, leak):
     assert list(grown(leaking, "train")) == [name]
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_images_leave_no_file_and_no_thread_open():
+    """Of 60; for memory and objects a run must be long."""
+    usage = usage_of("predict", "60")
+    assert len(usage) == 6
+    assert {"files", "threads", "tasks"} & grown(usage, "predict").keys() == set()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -79,7 +87,7 @@ def test_nothing_grows_over_2000_iterations(tmp_path, device):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu) if CUDA else "cpu"])
 def test_nothing_grows_over_500_images_of_different_sizes(device):
-    usage = usage_of("predict")
+    usage = usage_of("predict", "500")
     assert len(usage) == 50
     assert ("allocated" in usage[0]) == (device == "cuda")
     assert grown(usage, "predict") == {}

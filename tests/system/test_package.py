@@ -1,9 +1,15 @@
+"""What a newcomer meets first: the import, the commands and their help."""
+
+import importlib
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
+COMMANDS = ["train", "evaluate", "predict", "export", "data"]
 
 
 def run(program, **settings):
@@ -28,18 +34,25 @@ def test_importing_is_quick_and_silent_and_writes_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_every_command_has_help(tmp_path):
-    for command in ("train", "evaluate", "predict", "export", "data"):
-        done = subprocess.run(
-            [sys.executable, "-m", f"dfn_fast.{command}", "--help"],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            timeout=60,
-        )
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.startswith(f"usage: python -m dfn_fast.{command}")
-        assert max(map(len, done.stdout.splitlines())) <= 120
+def is_help(text, command):
+    return text.startswith(f"usage: python -m dfn_fast.{command}") and max(map(len, text.splitlines())) <= 120
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as left:
+        importlib.import_module(f"dfn_fast.{command}.__main__").main(["--help"])
+    assert left.value.code in (None, 0)
+    assert is_help(capsys.readouterr().out, command)
+
+
+@pytest.mark.slow  # each process imports PyTorch
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_is_run_by_its_name(command, tmp_path):
+    words = [sys.executable, "-m", f"dfn_fast.{command}", "--help"]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert is_help(done.stdout, command)
 
 
 def test_the_commands_of_the_readme_are_there():
