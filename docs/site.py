@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ADDED = ["benchmarks/README.md", "benchmarks/RESULTS.md", "kernels/README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
 PICTURES = "benchmarks/results/*/*.png"
 
-FENCE = re.compile(r"^ *(```|~~~)")
+CODE = re.compile(r"(^ *```.*?^ *```$)", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
 ELSEWHERE = re.compile(r"^([a-z]+:|#|/)")
 
@@ -29,12 +29,10 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     """Rewrites the links of a page, outside of its code blocks."""
     uri = page.file.src_uri
     home = posixpath.dirname(uri if uri in ADDED else f"docs/{uri}")
-    lines, fenced = [], False
-    for line in markdown.split("\n"):
-        fenced ^= bool(FENCE.match(line))
-        lines.append(line if fenced else LINK.sub(lambda match: _link(match, uri, home, files), line))
+    parts = CODE.split(markdown)  # prose and code in turn
+    parts[::2] = [LINK.sub(lambda match: _link(match, uri, home, files), prose) for prose in parts[::2]]
     # Markdown inside of HTML, which code hosts read as such.
-    return "\n".join(lines).replace("<details>", '<details markdown="1">')
+    return "".join(parts).replace("<details>", '<details markdown="1">')
 
 
 def _link(match: re.Match[str], uri: str, home: str, files: Files) -> str:
