@@ -162,8 +162,9 @@ def test_gradient_of_each_pixel_may_be_expanded(backend):
 @examples(3, 10, WITHOUT_SHRINKING, data=st.data())
 @pytest.mark.parametrize("name", ["triton", "torch"])
 def test_any_shape_dtype_and_layout(name, data):
-    small, full = st.integers(1, 3), st.integers(1, 4)
-    shape = data.draw(st.tuples(st.integers(1, 2), st.integers(1, 5), small, small, full, full))
+    small, rows = st.integers(1, 3), st.integers(1, 4)
+    # Of one or two pixels PyTorch may by chance have no error at all, which is not a bound; SHAPES has narrow images.
+    shape = data.draw(st.tuples(st.integers(1, 2), st.integers(1, 5), small, small, rows, st.integers(4, 6)))
     logits, targets = make_inputs(shape, data.draw(st.sampled_from(DTYPES)))
     if shape[1] == 1 and data.draw(st.booleans()):
         targets = targets[:, None]
