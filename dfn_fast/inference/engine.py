@@ -89,7 +89,7 @@ class Engine:
     def border_scores(self, x: Tensor) -> Tensor:
         """``[B, 3, h, w]`` -> ``[B, 1, h / 4, w / 4]``, before the sigmoid."""
         network = self.border_network
-        return network.border_scores(network.stages(x))
+        return network.border_scores(network.stages(x), x.shape[2:])
 
     def tiles_at_once(self, x: Tensor, window: tuple[int, int], flip: bool) -> int:
         """How many tiles of ``x`` one run takes: ``batch``, or what free memory allows after a run with one tile.

@@ -11,14 +11,27 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
-from dfn_fast.network.backbone import BasicBlock, Bottleneck, check_images
-from dfn_fast.network.blocks import ChannelAttentionBlock, Head, RefinementResidualBlock, SqueezeGate, resize
+from dfn_fast.errors import UserError
+from dfn_fast.network.backbone import BasicBlock, Bottleneck, ResNet, check_images
+from dfn_fast.network.blocks import Head, RefinementResidualBlock, SqueezeGate, resize
 from dfn_fast.network.reference import ReferenceDFN
 from dfn_fast.network.savings import can_pad, compose, compose_last, gate_parameters, pad, round_up
+from dfn_fast.network.structure import (
+    is_batch_norm,
+    unchanged,
+    unchanged_backbone,
+    unchanged_context,
+    unchanged_stage,
+    unchanged_stem,
+)
 from dfn_kernels import channel_attention, upsample_add
 from dfn_kernels.convolution.fused_conv import Packed, fused_conv, fused_conv_ref
 
+COMPARED_SIZE = (40, 48)  # of the random image: small, neither square nor a multiple of 32
+# What rounding explains between the two, as a share of the range of the log-probabilities.
+ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.1}
 PADDED_TO = 8  # tensor cores and vector units want multiples of 8; 189, 21 and 9 are not
 
 
@@ -86,7 +99,7 @@ def _fold(conv: nn.Conv2d | Tensor, norm: nn.Module, channels: int = 0, **settin
     """
     weight, stride = (conv, 1) if isinstance(conv, Tensor) else (conv.weight, conv.stride[0])
     settings = {"stride": stride, **settings}
-    if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.running_var is None:
+    if not is_batch_norm(norm) or norm.running_var is None:
         return Convolution(weight.detach(), norm=copy.deepcopy(norm).eval(), **settings)
     assert norm.running_mean is not None
     scale = (norm.running_var.double() + norm.eps).rsqrt()
@@ -96,6 +109,23 @@ def _fold(conv: nn.Conv2d | Tensor, norm: nn.Module, channels: int = 0, **settin
     folded = weight.detach().double() * scale[: weight.shape[0], None, None, None]
     channels = max(channels, weight.shape[0])
     return Convolution(pad(folded, channels, folded.shape[1]), pad(bias, channels), **settings)
+
+
+class Kept(nn.Module):
+    """A block that was changed after it was built: a copy of it, in eval mode, that runs its own ``forward``."""
+
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        # Pruned and normalised weights are results of a computation, which deepcopy refuses.
+        found = {id(x): x for m in block.modules() for x in vars(m).values() if isinstance(x, Tensor)}
+        computed = {key: x.detach().clone() for key, x in found.items() if x.grad_fn is not None}
+        self.block = copy.deepcopy(block, computed).eval().requires_grad_(False)
+        for ours, theirs in zip(self.block.modules(), block.modules(), strict=True):
+            for name in ("_forward_hooks", "_forward_pre_hooks"):  # the hooks themselves, not copies of their owners
+                setattr(ours, name, copy.copy(getattr(theirs, name)))
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.block(*inputs)
 
 
 class FusedBlock(nn.Module):
@@ -155,7 +185,7 @@ class FusedHead(nn.Module):
         width = head.conv.weight.shape[1]
         self.rrb = FusedRRB(head.rrb, inputs, round_up(width, padded_to), head.conv)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, size: torch.Size | None = None) -> Tensor:
         return self.rrb(x)[:, : self.scores]
 
 
@@ -185,6 +215,132 @@ class FusedGate(nn.Module):
         return low * gate.to(low.dtype)[:, :, None, None] + high
 
 
+class FusedContext(nn.Module):
+    """The global context: average pooling, and a 1x1 convolution with its norm and ReLU."""
+
+    def __init__(self, context: nn.Sequential):
+        super().__init__()
+        block: Any = context[1]
+        self.conv = _fold(block.conv, block.bn)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.adaptive_avg_pool2d(x, 1))
+
+
+class FusedBackbone(nn.Module):
+    """The backbone, each block fused or, if it was changed, kept."""
+
+    def __init__(self, backbone: ResNet):
+        super().__init__()
+        ends = [backbone.conv1, backbone.bn1, backbone.relu, backbone.maxpool]
+        self.stem = FusedStem(backbone) if unchanged_stem(backbone) else Kept(nn.Sequential(*ends))
+        stages = (backbone.layer1, backbone.layer2, backbone.layer3, backbone.layer4)
+        self.layers = nn.ModuleList(
+            nn.Sequential(*(FusedBlock(block) if unchanged(block) else Kept(block) for block in stage))  # type: ignore[arg-type]
+            if unchanged_stage(stage)
+            else Kept(stage)
+            for stage in stages
+        )
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """The feature maps at strides 4, 8, 16 and 32."""
+        x = self.stem(x)
+        stages = []
+        for layer in self.layers:
+            x = layer(x)
+            stages.append(x)
+        return stages
+
+
+class FusedStem(nn.Module):
+    """Everything before the backbone's stages."""
+
+    def __init__(self, backbone: ResNet):
+        super().__init__()
+        conv1 = backbone.conv1
+        layers = list(conv1) if isinstance(conv1, nn.Sequential) else [conv1]
+        layers = [layer for layer in [*layers, backbone.bn1] if not isinstance(layer, nn.ReLU)]
+        self.convs = nn.Sequential(*(_fold(c, n) for c, n in zip(layers[::2], layers[1::2], strict=True)))  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.max_pool2d(self.convs(x), 3, 2, 1)
+
+
+class KeptCab(Kept):
+    """A CAB that was changed."""
+
+    def forward(self, low: Tensor, high: Tensor) -> Tensor:
+        return self.block(low, resize(high, low.shape[2:]))
+
+
+class KeptHead(Kept):
+    """A head that was changed: scores at ``size``, or at the size of its input."""
+
+    def forward(self, x: Tensor, size: torch.Size | None = None) -> Tensor:
+        return self.block(x, x.shape[2:] if size is None else size)
+
+
+def _fused_backbone(backbone: ResNet) -> nn.Module:
+    return FusedBackbone(backbone) if unchanged_backbone(backbone) else Kept(backbone)
+
+
+def _fused_context(context: Any) -> nn.Module:
+    return FusedContext(context) if unchanged_context(context) else Kept(context)
+
+
+def _fused_rrb(block: Any, inputs: int, width: int) -> nn.Module:
+    return FusedRRB(block, inputs, width) if unchanged(block) else Kept(block)
+
+
+def _fused_cab(cab: Any) -> nn.Module:
+    return FusedGate(cab.channel_attention) if unchanged(cab) else KeptCab(cab)
+
+
+def _fused_head(head: Any, inputs: int, padded_to: int) -> nn.Module:
+    return FusedHead(head, inputs, padded_to) if unchanged(head) else KeptHead(head)
+
+
+def _norm_of(block: Any) -> nn.Module:
+    """The norm layer of an RRB, or of a head's RRB."""
+    return (block.rrb if isinstance(block, Head) else block).cbr.bn
+
+
+def _require_same(fused: "FusedDFN", model: ReferenceDFN) -> None:
+    """Raises :class:`UserError` unless ``fused`` computes what ``model`` does, seen on one random image.
+
+    What is compared is the model's own ``forward`` in eval mode. Nothing is compared if a hook would see the image, if
+    tensors hold no numbers, or if the model's own scores are not finite.
+    """
+    first = next(model.parameters())
+    if first.is_meta or isinstance(first, FakeTensor) or torch.compiler.is_compiling() or _has_hooks(model):
+        return
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(1, 3, *COMPARED_SIZE, generator=generator).to(first.device, first.dtype)
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        with torch.no_grad(), torch.autocast(first.device.type, enabled=False):
+            expected, found = model(image).double(), fused(image).double()
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    if not expected.isfinite().all():
+        return
+    allowed = ROUNDING[first.dtype] * max((expected.max() - expected.min()).item(), 1.0)
+    difference = (found - expected).abs().max().item()
+    if not difference <= allowed:
+        raise UserError(
+            f"the fused network does not compute what the model does: log-probabilities differ by {difference:.3g}, "
+            f"expected at most {allowed:.3g}. A module was changed in a way that cannot be fused: use the model itself "
+            "or undo the change"
+        )
+
+
+def _has_hooks(model: nn.Module) -> bool:
+    return any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
 class FusedDFN(nn.Module):
     """The inference network of ``model`` in eval mode; ``FastDFN.fuse()`` makes one too. ``model`` is not changed.
 
@@ -212,41 +368,37 @@ class FusedDFN(nn.Module):
         self.num_classes, self.channels, self.return_border = model.num_classes, model.channels, return_border
         padded_to = 1 if plain else PADDED_TO
         low_to_high, C = model.backbone.channels, model.channels
-        stem = model.backbone.conv1
-        layers = list(stem) if isinstance(stem, nn.Sequential) else [stem]
-        layers = [layer for layer in [*layers, model.backbone.bn1] if not isinstance(layer, nn.ReLU)]
-        self.stem = nn.Sequential(*(_fold(c, n) for c, n in zip(layers[::2], layers[1::2], strict=True)))  # type: ignore[arg-type]
-        stages = (model.backbone.layer1, model.backbone.layer2, model.backbone.layer3, model.backbone.layer4)
-        self.layers = nn.ModuleList(nn.Sequential(*(FusedBlock(b) for b in stage)) for stage in stages)  # type: ignore[arg-type]
-        self.global_context: Convolution | None = None
-        if model.global_context is not None:
-            context: Any = model.global_context[1]  # type: ignore[index]
-            self.global_context = _fold(context.conv, context.bn)
+        self.backbone = _fused_backbone(model.backbone)
+        self.global_context = None if model.global_context is None else _fused_context(model.global_context)
         self.smooth_pre_rrbs = nn.ModuleList(
-            FusedRRB(block, inputs, C)  # type: ignore[arg-type]
-            for block, inputs in zip(model.smooth_pre_rrbs, low_to_high[::-1], strict=True)
+            _fused_rrb(block, inputs, C) for block, inputs in zip(model.smooth_pre_rrbs, low_to_high[::-1], strict=True)
         )
-        self.cabs = nn.ModuleList(
-            FusedGate(cab.channel_attention) for cab in model.cabs if isinstance(cab, ChannelAttentionBlock)
-        )
-        self.smooth_aft_rrbs = nn.ModuleList(FusedRRB(block, C, C) for block in model.smooth_aft_rrbs)  # type: ignore[arg-type]
-        self.smooth_head = FusedHead(model.smooth_heads[3], C, padded_to)  # type: ignore[arg-type]
+        self.cabs = nn.ModuleList(_fused_cab(cab) for cab in model.cabs)
+        self.smooth_aft_rrbs = nn.ModuleList(_fused_rrb(block, C, C) for block in model.smooth_aft_rrbs)
+        self.smooth_head = _fused_head(model.smooth_heads[3], C, padded_to)
         if return_border:
-            last: Any = model.border_aft_rrbs[3]
-            width = last.conv_refine.weight.shape[0]
-            padded = round_up(width, padded_to) if can_pad(last.cbr.bn) else width
+            used = [*model.border_pre_rrbs, *list(model.border_aft_rrbs)[1:], model.border_heads[3]]
+            width = padded = model.border_channels
+            if all(unchanged(block) and can_pad(_norm_of(block)) for block in used):
+                padded = round_up(width, padded_to)
             self.border_pre_rrbs = nn.ModuleList(
-                FusedRRB(block, inputs, padded)  # type: ignore[arg-type]
+                _fused_rrb(block, inputs, padded)
                 for block, inputs in zip(model.border_pre_rrbs, low_to_high, strict=True)
             )
-            self.border_aft_rrbs = nn.ModuleList(FusedRRB(block, padded, padded) for block in model.border_aft_rrbs)  # type: ignore[arg-type]
-            self.border_head = FusedHead(model.border_heads[3], padded, padded_to)  # type: ignore[arg-type]
+            self.border_aft_rrbs = nn.ModuleList(_fused_rrb(block, padded, padded) for block in model.border_aft_rrbs)
+            self.border_head = _fused_head(model.border_heads[3], padded, padded_to)
         self.plain = plain
         for module in self.modules():
             if isinstance(module, (Convolution, FusedGate)):
                 module.plain = plain
-        self.cast(dtype or next(model.parameters()).dtype)
+        first = next(model.parameters())
+        self.like: Tensor
+        self.register_buffer("like", torch.empty(0, dtype=first.dtype, device=first.device), persistent=False)
         self.eval()
+        if first.device.type != "mps":  # which has no float64
+            self.cast(torch.float64)  # as weights were folded: rounded once, after the comparison
+        _require_same(self, model)
+        self.cast(dtype or first.dtype)
 
     def cast(self, dtype: torch.dtype) -> None:
         """Makes weights and features ``dtype``, and the gates' linear layers float32 or better."""
@@ -256,17 +408,20 @@ class FusedDFN(nn.Module):
                 module.to(high)
             elif isinstance(module, Convolution):
                 module.cast(dtype)
+            elif isinstance(module, Kept):
+                module.to(dtype)
+        self.like = self.like.to(dtype)
 
     def train(self, mode: bool = True) -> "FusedDFN":
         return super().train(False)
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.stem[0].weight.dtype  # type: ignore[index, union-attr, return-value]
+        return self.like.dtype
 
     @property
     def device(self) -> torch.device:
-        return self.stem[0].weight.device  # type: ignore[index, union-attr, return-value]
+        return self.like.device
 
     def forward(self, data: Tensor) -> Tensor:
         """Normalised RGB ``[B, 3, H, W]`` -> log-probabilities ``[B, K, H, W]``, float32 or better."""
@@ -276,39 +431,39 @@ class FusedDFN(nn.Module):
 
     def scores(self, data: Tensor) -> Tensor:
         """Normalised RGB ``[B, 3, H, W]`` -> the stride-4 scores ``[B, K, h, w]``, before any softmax."""
-        return self.smooth_scores(self.stages(data))
+        return self.smooth_scores(self.stages(data), data.shape[2:])
 
     def stages(self, data: Tensor) -> list[Tensor]:
         """The backbone's feature maps at strides 4, 8, 16 and 32."""
         check_images(data)
-        x = self.stem(data.to(self.dtype, memory_format=torch.channels_last))
-        x = F.max_pool2d(x, 3, 2, 1)
-        stages = []
-        for layer in self.layers:
-            x = layer(x)
-            stages.append(x)
-        return stages
+        return self.backbone(data.to(self.dtype, memory_format=torch.channels_last))
 
-    def smooth_scores(self, stages: list[Tensor]) -> Tensor:
-        """Section 3.1: the stride-4 scores ``[B, K, h, w]``, from :meth:`stages`."""
+    def smooth_scores(self, stages: list[Tensor], size: torch.Size | None = None) -> Tensor:
+        """Section 3.1: the stride-4 scores ``[B, K, h, w]``, from :meth:`stages`.
+
+        A head that was changed gives scores of ``size``, the image's, as its own ``forward`` does.
+        """
         high = stages[-1]
         if self.global_context is None:
             high = high.new_zeros(high.shape[0], self.channels, 1, 1)
         else:
-            high = self.global_context(F.adaptive_avg_pool2d(high, 1))
+            high = self.global_context(high)
         for i, stage in enumerate(reversed(stages)):
             low = self.smooth_pre_rrbs[i](stage)
             high = self.smooth_aft_rrbs[i](self.cabs[i](low, high) if len(self.cabs) else self.add(low, high))
-        return self.smooth_head(high)
+        return self.smooth_head(high, size)
 
     def add(self, low: Tensor, high: Tensor) -> Tensor:
         return low + resize(high, low.shape[2:]) if self.plain else upsample_add(low, high)
 
-    def border_scores(self, stages: list[Tensor]) -> Tensor:
-        """Section 3.2: the last border scores ``[B, 1, h, w]`` at stride 4, which have seen all stages."""
+    def border_scores(self, stages: list[Tensor], size: torch.Size | None = None) -> Tensor:
+        """Section 3.2: the last border scores ``[B, 1, h, w]`` at stride 4, which have seen all stages.
+
+        A head that was changed gives scores of ``size``, the image's.
+        """
         if not self.return_border:
             raise ValueError("this network has no Border Network; build it with FusedDFN(model, return_border=True)")
         acc = self.border_pre_rrbs[0](stages[0])
         for i in (1, 2, 3):
             acc = self.border_aft_rrbs[i](self.add(acc, self.border_pre_rrbs[i](stages[i])))
-        return self.border_head(acc)
+        return self.border_head(acc, size)

@@ -70,6 +70,7 @@ class ReferenceDFN(nn.Module):
     ):
         super().__init__()
         self.num_classes, self.channels, self.alpha = num_classes, channels, alpha
+        self.border_channels = border_channels
         self.criterion = CrossEntropyLoss() if criterion is None else criterion
         self.aux_criterion = SigmoidFocalLoss() if aux_criterion is None else aux_criterion
         self.backbone = ResNet(backbone, stem, norm_layer)

@@ -2,7 +2,7 @@
 
 Each function runs a block of :mod:`dfn_fast.network.blocks` with the block's own parameters, so that gradients,
 optimiser and ``state_dict`` see the published shapes. Weights are composed in float32 or better, even under autocast.
-Forward hooks of the convolutions inside a block are not called.
+They are for blocks as built; :mod:`dfn_fast.network.structure` tells which are.
 """
 
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from dfn_fast.network.blocks import Head, RefinementResidualBlock, SqueezeGate
+from dfn_fast.network.structure import is_batch_norm
 from dfn_kernels import conv3x3
 from dfn_kernels.common.backend import full_precision
 
@@ -90,7 +91,8 @@ def _pixels_of(x: Tensor) -> int:
 
 def norm(layer: nn.Module, x: Tensor) -> Tensor:
     """Applies a norm layer to x ``[B, C, H, W]``. Channels beyond the layer's own are zeros and stay zeros."""
-    channels = layer.weight.shape[0] if isinstance(layer.weight, Tensor) else x.shape[1]
+    weight = getattr(layer, "weight", None)
+    channels = weight.shape[0] if isinstance(weight, Tensor) else x.shape[1]
     if channels == x.shape[1]:
         return layer(x)
     names = ("weight", "bias", "running_mean", "running_var")
@@ -106,7 +108,7 @@ def norm(layer: nn.Module, x: Tensor) -> Tensor:
 
 def can_pad(layer: nn.Module) -> bool:
     """Whether channels of zeros change nothing for the others: true for a batch norm; a group norm mixes channels."""
-    return isinstance(layer, nn.modules.batchnorm._BatchNorm)
+    return is_batch_norm(layer)
 
 
 def refine(block: RefinementResidualBlock, x: Tensor, width: int, savings: Savings) -> tuple[Tensor, Tensor]:

@@ -38,6 +38,8 @@ class SyncBatchNorm(_BatchNorm):
     are float32 or better.
     """
 
+    is_batch_norm = True  # for dfn_fast.network.structure
+
     def _check_input_dim(self, x: Tensor) -> None:
         if x.ndim != 4:
             raise ValueError(f"expected [B, C, H, W], got {list(x.shape)}")
