@@ -11,9 +11,15 @@ from torch.nn.utils import parametrizations, prune
 from dfn_fast import FastDFN, FusedDFN, Predictor, ReferenceDFN
 from dfn_fast.errors import UserError
 from dfn_fast.network.structure import unchanged
-from support.networks import batch
+from support.networks import batch, narrow_backbones
 
 SIZES = {"num_classes": 3, "backbone": "resnet18", "channels": 8, "border_channels": 4}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def narrow():
+    with narrow_backbones():
+        yield
 
 
 class Lora(nn.Module):
@@ -94,9 +100,17 @@ def gates(model):
     model.cabs[2].channel_attention.fc[3] = nn.Hardsigmoid()
 
 
+def reflect(conv):
+    conv.__init__(conv.in_channels, conv.out_channels, 3, 1, 1, bias=False, padding_mode="reflect")
+
+
+def normalise(conv):
+    parametrizations.weight_norm(conv).parametrizations.weight.original0.data.mul_(1.5)
+
+
 CHANGES = {
     "dilation": set_all(dilation=(2, 2), padding=(2, 2)),
-    "padding mode": each(lambda conv: conv.__init__(conv.in_channels, conv.out_channels, 3, 1, 1, bias=False, padding_mode="reflect")),
+    "padding mode": each(reflect),
     "bias": each(lambda conv: setattr(conv, "bias", nn.Parameter(torch.randn(conv.out_channels)))),
     "activation": replace(nn.ReLU, lambda relu: nn.SiLU()),
     "activation of a subclass": replace(nn.ReLU, lambda relu: Doubled()),
@@ -107,7 +121,7 @@ CHANGES = {
     "no norm": lambda model: setattr(model.smooth_pre_rrbs[1].cbr, "bn", nn.Identity()),
     "gate": gates,
     "spectral norm": each(nn.utils.spectral_norm),
-    "weight norm": each(parametrizations.weight_norm),
+    "weight norm": each(normalise),
     "pruning": each(lambda conv: prune.random_unstructured(conv, "weight", 0.5)),
     "adapter": wrap_convolutions,
     "own forward": own_forward,
@@ -184,7 +198,7 @@ def test_hooks_fire_in_every_network(data):
     for network in (ReferenceDFN, FastDFN):
         model, seen = changed(network), []
         for name in ("cabs.2", "cabs.3.channel_attention", "smooth_pre_rrbs.0", "smooth_aft_rrbs.3", "smooth_heads.3"):
-            model.get_submodule(name).register_forward_hook(lambda *args, name=name: seen.append(name))
+            model.get_submodule(name).register_forward_hook(lambda *args, seen=seen: seen.append(args[0]))
         model(data)
         assert len(seen) == 5
         FusedDFN(model)(data)
@@ -224,8 +238,7 @@ def test_the_comparison_leaves_modes_and_statistics_alone():
 
 def test_a_predictor_computes_the_change():
     image = np.random.default_rng(0).integers(0, 256, (64, 72, 3), np.uint8)
-    found = [
-        Predictor(changed(network, "dilation"), amp="off").probabilities(image) for network in (ReferenceDFN, FastDFN)
-    ]
+    models = [changed(network, "dilation") for network in (ReferenceDFN, FastDFN)]
+    found = [Predictor(model, amp="off").probabilities(image) for model in models]
     torch.testing.assert_close(found[0], found[1])
     assert not torch.allclose(found[0], Predictor(changed(FastDFN), amp="off").probabilities(image), atol=1e-3)
