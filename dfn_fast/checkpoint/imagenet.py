@@ -31,16 +31,18 @@ BACKBONE_WEIGHTS: dict[str, str] = {
 }
 
 
-def load_backbone(backbone: nn.Module, source: str | Path, *, strict: bool = True) -> Mismatch:
-    """Loads ``source``, a file or a name in ``BACKBONE_WEIGHTS``, into ``backbone`` and returns the mismatch.
+def load_backbone(backbone: nn.Module, source: str | Path | Mapping[str, Any], *, strict: bool = True) -> Mismatch:
+    """Loads a file, a name in ``BACKBONE_WEIGHTS`` or a state dict into ``backbone`` and returns the mismatch.
 
     A classifier (``fc``) is skipped; from a whole DFN only the backbone is loaded. A download goes to the folder of
     ``torch.hub`` and must have the published hash. Raises :class:`CheckpointError` as
     :func:`~dfn_fast.checkpoint.weights.load_weights` does, and also if a name does not fit the backbone's ``depth``
     and ``stem`` or a download fails.
     """
-    source = str(source)
-    if source in BACKBONE_WEIGHTS:
+    given, source = source, "the given weights" if isinstance(source, Mapping) else str(source)
+    if isinstance(given, Mapping):
+        content = given
+    elif source in BACKBONE_WEIGHTS:
         if source not in names_for(backbone):
             raise CheckpointError(
                 f"{source} does not hold the weights of a {backbone.depth} with the {backbone.stem} stem; "

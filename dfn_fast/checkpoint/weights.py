@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from dfn_fast.checkpoint.archive import read_file, save_atomic, write_whole
 from dfn_fast.errors import CheckpointError, brief, listed
 
-STATE_DICT_KEYS = ("model", "state_dict", "model_state_dict")
+STATE_DICT_KEYS = ("model", "state_dict", "model_state_dict", "model_ema", "state_dict_ema", "ema")
+# Names that every DFN, or every backbone, has: what stands before them is a prefix.
+LANDMARKS = ("backbone.layer1.0.conv1.weight", "layer1.0.conv1.weight")
 TORCH_SUFFIXES = (".pth", ".pt", ".ckpt", ".tar")
 MAX_NESTING = 10  # levels at which a state dict may lie in a checkpoint
 DTYPES = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool, torch.uint8}
@@ -35,7 +37,8 @@ def save_weights(model: nn.Module, path: str | Path) -> None:
 
 def state_dict_of(content: Mapping[str, Any], where: str = "the checkpoint") -> dict[str, Tensor]:
     """The state dict in a checkpoint's content, bare or under one of ``STATE_DICT_KEYS``, with plain names: without
-    the ``module.`` of (Distributed)DataParallel and the ``_orig_mod.`` of ``torch.compile``, however they are nested.
+    the ``module.`` of (Distributed)DataParallel, the ``_orig_mod.`` of ``torch.compile`` and the attribute that a
+    training framework keeps the network in (``model.``, ``net.``), however they are nested.
     """
     for _ in range(MAX_NESTING):
         below = next((content[key] for key in STATE_DICT_KEYS if isinstance(content.get(key), Mapping)), None)
@@ -58,7 +61,20 @@ def state_dict_of(content: Mapping[str, Any], where: str = "the checkpoint") -> 
     state = {_plain_name(name): tensor for name, tensor in tensors.items()}
     if len(state) < len(tensors):
         raise CheckpointError(f"{where}: holds the same weights twice, with and without a wrapper's prefix")
-    return state
+    return _without_prefix(state)
+
+
+def _without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``state`` without the prefix that stands before the names of a network of ours; other names stay.
+
+    The counter of ``torch.optim.swa_utils.AveragedModel`` beside the network is left out.
+    """
+    known = next((name for name in state if name.endswith(LANDMARKS)), "")
+    prefix = known.removesuffix(next((mark for mark in LANDMARKS if known.endswith(mark)), known))
+    if not known or (prefix and not prefix.endswith(".")):
+        return state
+    found = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name != "n_averaged"}
+    return found if len(found) >= len(state) - ("n_averaged" in state) else state
 
 
 def _is_plain_tensor(tensor: Tensor) -> bool:
@@ -93,13 +109,19 @@ class Mismatch:
 
 
 def load_weights(
-    model: nn.Module, source: str | Path | Mapping[str, Any], *, strict: bool = True, where: str | None = None
+    model: nn.Module,
+    source: str | Path | Mapping[str, Any],
+    *,
+    strict: bool = True,
+    where: str | None = None,
+    remedy: str = "load the tensors that fit with strict=False",
 ) -> Mismatch:
     """Loads a checkpoint, given as a file or its content, into ``model`` and returns the mismatch.
 
     ``strict=False`` loads the tensors that fit by name and shape. ``num_batches_tracked`` may be missing, as in
-    checkpoints of PyTorch 0.4. ``where`` names the source in errors. Raises :class:`CheckpointError`, with the model
-    unchanged, if ``strict`` is set and something does not fit, if nothing fits, or if weights are nan or infinite.
+    checkpoints of PyTorch 0.4. In errors ``where`` names the source, ``remedy`` another way to load it. Raises
+    :class:`CheckpointError`, with the model unchanged, if ``strict`` is set and something does not fit, if nothing
+    fits, or if weights are nan or infinite.
     """
     if isinstance(source, Mapping):
         where = where or "the given weights"
@@ -116,9 +138,10 @@ def load_weights(
         ),
     )
     if not fitting or (strict and mismatch):
-        remedy = "" if not fitting else ", or load the tensors that fit with strict=False (--no-strict)"
-        raise CheckpointError(f"{where} does not fit the model: {mismatch}. Build the model as it was saved{remedy}")
-    broken = [n for n, t in fitting.items() if not torch.isfinite(t).all()]
+        more = f", or {remedy}" if fitting and remedy else ""
+        raise CheckpointError(f"{where} does not fit the model: {mismatch}. Build the model as it was saved{more}")
+    # As the model will hold them: a number may be too large for its dtype.
+    broken = [n for n, t in fitting.items() if not torch.isfinite(t.to(own[n][1].dtype)).all()]
     if broken:
         raise CheckpointError(
             f"{where}: {len(broken)} tensors hold nan or infinity: {listed(broken)}. "

@@ -65,7 +65,7 @@ def load_model(
         )
     classes, palette = _class_table(content, config["num_classes"], path)
     model = build(FastDFN, config)
-    mismatch = load_weights(model, state, strict=strict, where=str(path))
+    mismatch = load_weights(model, state, strict=strict, where=str(path), remedy="")
     ready(model, device, channels_last)
     dataset, border_width = _training(content, path) if ours else (None, None)
     return LoadedModel(model, config, classes, palette, dataset, mismatch, border_width)

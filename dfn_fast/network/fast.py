@@ -10,7 +10,14 @@ from torch import Tensor, nn
 
 from dfn_fast.network.blocks import ChannelAttentionBlock, resize
 from dfn_fast.network.fused import FusedDFN
-from dfn_fast.network.losses import CrossEntropyLoss, SigmoidFocalLoss, dfn_loss, focal_loss
+from dfn_fast.network.losses import (
+    CrossEntropyLoss,
+    SigmoidFocalLoss,
+    dfn_loss,
+    focal_loss,
+    require_no_label,
+    with_verdict,
+)
 from dfn_fast.network.recompute import recomputed
 from dfn_fast.network.reference import ReferenceDFN
 from dfn_fast.network.savings import Savings, gate_parameters, head_scores, rrb
@@ -42,7 +49,16 @@ class FastDFN(ReferenceDFN):
 
         ``label`` ``[B, H, W]`` holds class ids, ``aux_label`` ``[B, H, W]`` is 1 on borders and 0 elsewhere; 255 is
         ignored in both. H and W are at least 32. ``shares``: see :func:`dfn_fast.network.losses.dfn_loss`.
+
+        With the default criterion a label that is neither a class nor 255 is a ``ValueError`` on a CPU; on a GPU and in
+        a compiled graph it makes the loss nan, so that nothing waits for the device. ``ValueError`` too for labels of
+        another size than the images, for one label map without the other, and for more than 255 classes.
         """
+        wrong = None
+        if label is None or aux_label is None:
+            require_no_label(label, aux_label)
+        else:
+            wrong = self.check_labels(data, label, aux_label)
         with region("backbone"):
             stages = self.stages(data)
         if label is None or aux_label is None:
@@ -52,7 +68,8 @@ class FastDFN(ReferenceDFN):
         smooth = self.smooth_scores(stages, data.shape[2:])
         border = self.border_scores(stages, data.shape[2:]) if self.has_border else []
         with region("losses"):
-            return dfn_loss(smooth, border, label, aux_label, self.smooth_loss, self.border_loss, self.alpha, shares)
+            loss = dfn_loss(smooth, border, label, aux_label, self.smooth_loss, self.border_loss, self.alpha, shares)
+            return with_verdict(loss, wrong)
 
     def fuse(self, *, return_border: bool = False, dtype: torch.dtype | None = None, plain: bool = False) -> FusedDFN:
         """The inference network for the current weights; arguments: :class:`FusedDFN`."""

@@ -6,9 +6,12 @@ pixel gives 0, with zero gradients. Arithmetic is float32 or better whatever the
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from dfn_fast.errors import listed
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 
@@ -112,3 +115,50 @@ def dfn_loss(
             borders = borders * shares[1]
         loss = loss + border_weight * borders
     return loss
+
+
+def require_no_label(label: Tensor | None, aux_label: Tensor | None) -> None:
+    """Raises ``ValueError`` if one of the two label maps was given: a loss needs both."""
+    if label is not None or aux_label is not None:
+        given, missing = ("label", "aux_label") if aux_label is None else ("aux_label", "label")
+        raise ValueError(f"expected both label and aux_label for a loss, or none for scores; got {given}, no {missing}")
+
+
+def label_verdict(data: Tensor, labels: Tensor, num_classes: int, ignore_index: int) -> Tensor | None:
+    """Whether a label of ``[B, H, W]`` is neither a class nor ``ignore_index``: a bool scalar on the labels' device.
+
+    In eager mode on a CPU a wrong label is a ``ValueError`` and the result None. Elsewhere nothing waits: see
+    :func:`with_verdict`. Raises ``ValueError`` for another shape than that of the images ``[B, 3, H, W]``, and if
+    ``ignore_index`` is one of the classes.
+    """
+    expected = (data.shape[0], *data.shape[2:])
+    if labels.shape != expected or labels.is_floating_point():
+        raise ValueError(
+            f"expected integer labels {list(expected)}, one for each pixel of the images, got {labels.dtype} "
+            f"{list(labels.shape)}"
+        )
+    if 0 <= ignore_index < num_classes:
+        raise ValueError(
+            f"{num_classes} classes have the ids 0..{num_classes - 1}, but {ignore_index} is ignored: expected at most "
+            f"{ignore_index} classes, or a criterion of your own"
+        )
+    if not readable(labels):
+        return (((labels >= num_classes) | (labels < 0)) & (labels != ignore_index)).any()
+    values = labels.detach().numpy()
+    wrong = ((values >= num_classes) | (values < 0)) & (values != ignore_index)
+    if wrong.any():
+        raise ValueError(
+            f"expected labels 0..{num_classes - 1}, or {ignore_index} for pixels to ignore, got "
+            f"{listed(map(str, np.unique(values[wrong]).tolist()))}"
+        )
+    return None
+
+
+def readable(x: Tensor) -> bool:
+    """Whether looking at values costs no waiting: on a CPU, outside of a graph."""
+    return x.device.type == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling()
+
+
+def with_verdict(loss: Tensor, wrong: Tensor | None) -> Tensor:
+    """The loss, or nan if the labels were ``wrong``: seen when the loss is read, without waiting before."""
+    return loss if wrong is None else torch.where(wrong, torch.full_like(loss, torch.nan), loss)

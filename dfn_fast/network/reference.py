@@ -4,7 +4,7 @@ Sections and equations are the paper's. Every resize is bilinear with ``align_co
 feature map that it is combined with. Parameter names are those of the published checkpoints.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,15 @@ from dfn_fast.checkpoint.imagenet import load_backbone
 from dfn_fast.network.arguments import checked_arguments, infer_arguments
 from dfn_fast.network.backbone import NormLayer, ResNet, check_images, initialise
 from dfn_fast.network.blocks import ChannelAttentionBlock, ConvBnRelu, Head, RefinementResidualBlock, resize
-from dfn_fast.network.losses import Criterion, CrossEntropyLoss, SigmoidFocalLoss, dfn_loss
+from dfn_fast.network.losses import (
+    Criterion,
+    CrossEntropyLoss,
+    SigmoidFocalLoss,
+    dfn_loss,
+    label_verdict,
+    require_no_label,
+    with_verdict,
+)
 
 
 class Scores(NamedTuple):
@@ -30,6 +38,13 @@ class Scores(NamedTuple):
     border: list[Tensor]
 
 
+def _class_count(num_classes: int | None, out_planes: int | None) -> int:
+    """The number of classes, under our name or the authors'. Raises ``TypeError`` unless it is given once."""
+    if (num_classes is None) == (out_planes is None):
+        raise TypeError("expected num_classes, or out_planes as the authors' code calls it, and not both")
+    return num_classes if num_classes is not None else out_planes  # type: ignore[return-value]
+
+
 class ReferenceDFN(nn.Module):
     """Discriminative Feature Network, figure 2(a). A drop-in for the authors' ``DFN``.
 
@@ -38,6 +53,7 @@ class ReferenceDFN(nn.Module):
         criterion: loss of a smooth score ``[B, K, H, W]`` and ``label``; None: softmax cross entropy, 255 ignored.
         aux_criterion: loss of a border score ``[B, 1, H, W]`` and ``aux_label``; None: focal loss, 255 ignored.
         alpha: lambda of eq. 7, the weight of the border losses.
+        out_planes: the authors' name of ``num_classes``.
         pretrained_model: ImageNet weights for the backbone: a file, or a name in ``BACKBONE_WEIGHTS`` of
             :mod:`dfn_fast.checkpoint.imagenet`.
         norm_layer: called with a channel count; ``nn.SyncBatchNorm`` works too.
@@ -52,11 +68,11 @@ class ReferenceDFN(nn.Module):
 
     def __init__(
         self,
-        num_classes: int,
+        num_classes: int | None = None,
         criterion: Criterion | None = None,
         aux_criterion: Criterion | None = None,
         alpha: float = 0.1,
-        pretrained_model: str | None = None,
+        pretrained_model: str | Path | Mapping[str, Any] | None = None,
         norm_layer: NormLayer = nn.BatchNorm2d,
         *,
         backbone: str = "resnet101",
@@ -67,8 +83,10 @@ class ReferenceDFN(nn.Module):
         channel_attention: bool = True,
         deep_supervision: bool = True,
         border: bool = True,
+        out_planes: int | None = None,
     ):
         super().__init__()
+        num_classes = _class_count(num_classes, out_planes)
         self.num_classes, self.channels, self.alpha = num_classes, channels, alpha
         self.border_channels = border_channels
         self.criterion = CrossEntropyLoss() if criterion is None else criterion
@@ -94,8 +112,9 @@ class ReferenceDFN(nn.Module):
         if border:
             width = border_channels
             self.border_pre_rrbs = nn.ModuleList(rrb(c, width, norm_layer) for c in low_to_high)
-            # The first is never used, but is in every published checkpoint.
             self.border_aft_rrbs = nn.ModuleList(rrb(width, width, norm_layer) for _ in low_to_high)
+            # The first is in every published checkpoint, but never used: DistributedDataParallel must not wait for it.
+            self.border_aft_rrbs[0].requires_grad_(False)
             self.border_heads = nn.ModuleList(
                 Head(width, 1, norm_layer) if has_head else nn.Identity() for has_head in supervised
             )
@@ -125,11 +144,34 @@ class ReferenceDFN(nn.Module):
 
         ``label`` ``[B, H, W]`` holds class ids, ``aux_label`` ``[B, H, W]`` is 1 on borders and 0 elsewhere; 255 is
         ignored in both. H and W are at least 32. ``shares``: see :func:`dfn_fast.network.losses.dfn_loss`.
+
+        With the default criterion a label that is neither a class nor 255 is a ``ValueError`` on a CPU; on a GPU and in
+        a compiled graph it makes the loss nan, so that nothing waits for the device. ``ValueError`` too for labels of
+        another size than the images, for one label map without the other, and for more than 255 classes.
         """
         if label is None or aux_label is None:
+            require_no_label(label, aux_label)
             return F.log_softmax(self.smooth_network(self.stages(data), data.shape[2:])[-1], dim=1)
+        wrong = self.check_labels(data, label, aux_label)
         scores = self.scores(data)
-        return dfn_loss(*scores, label, aux_label, self.criterion, self.aux_criterion, self.alpha, shares)
+        loss = dfn_loss(*scores, label, aux_label, self.criterion, self.aux_criterion, self.alpha, shares)
+        return with_verdict(loss, wrong)
+
+    def check_labels(self, data: Tensor, label: Tensor, aux_label: Tensor) -> Tensor | None:
+        """Whether a label is not a class, as a flag on the device; None if the criterion is not ours.
+
+        Raises ``ValueError`` for labels of another size than the images, and on a CPU for a label that is not a class.
+        """
+        if type(self.criterion) is CrossEntropyLoss:
+            wrong = label_verdict(data, label, self.num_classes, self.criterion.ignore_index)
+        else:
+            wrong = None
+        if type(self.aux_criterion) is SigmoidFocalLoss and aux_label.shape != (data.shape[0], *data.shape[2:]):
+            raise ValueError(
+                f"expected aux_label {[data.shape[0], *data.shape[2:]]}, the size of the images, got "
+                f"{list(aux_label.shape)}"
+            )
+        return wrong
 
     def scores(self, data: Tensor) -> Scores:
         """The scores of all heads before softmax and sigmoid, as the losses see them."""

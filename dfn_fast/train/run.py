@@ -251,6 +251,7 @@ class Run:
         content = self.folder.read_last()
         if content is not None:
             self.load(content)
+            self.trainer.require_finite_weights(self.position.iteration)
         if self.world.is_first:
             self.folder.forget_after(self.position.iteration, self.position.epoch)
 

@@ -42,7 +42,9 @@ def build_model(config: TrainConfig, num_classes: int, world: World = ALONE) -> 
     if config.memory != "off":
         set_recompute(model, config.memory)
     if config.weights is not None:
-        mismatch = load_weights(model, config.weights, strict=config.strict)
+        mismatch = load_weights(
+            model, config.weights, strict=config.strict, remedy="load the tensors that fit with --no-strict"
+        )
         if mismatch:
             print(f"{config.weights}: loaded the tensors that fit; {mismatch}", file=sys.stderr)
     return model
