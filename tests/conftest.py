@@ -7,6 +7,7 @@ import pytest
 
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # before torch is imported: the processes of `pytest -n` share the cores
     workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin take the cores from the other processes
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
 import torch

@@ -47,16 +47,24 @@ PROMISES = [
     Promise("the fast network equals the plain one: scores, losses, gradients, labels", (
         "network/test_fast.py", "network/test_fused.py", "trainer/test_step.py",
     )),
+    Promise("a module that was changed after it was built has its effect, and its hooks fire, in every network", (
+        "network/test_changed.py",
+    )),
+    Promise("a checkpoint, a run folder and a saved folder of an older layout load and resume", (
+        "checkpoint/test_written_before.py",
+    )),
     Promise("published checkpoints load; weights go to the plain network and back bit for bit", (
         "checkpoint/test_weights.py",
     )),
     Promise("a killed run continues, and ends with the bits of an undisturbed one", (
+        "system/test_crash.py::test_ten_kills_change_no_bit",
         "system/test_crash.py::test_a_hundred_kills_change_no_bit",
         "system/test_crash.py::test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew",
     ), "100 kills"),
     Promise("a damaged checkpoint is named, and the one before taken", (
         "system/test_crash.py::test_a_damaged_last_checkpoint_is_named_and_the_one_before_continues",
         "system/test_crash.py::test_two_damaged_checkpoints_are_both_named", "checkpoint/test_checkpoint.py",
+        "checkpoint/test_saving.py", "checkpoint/test_loading.py",
     )),
     Promise("a full disk, a read-only or removed folder is named, and the checkpoint stays", (
         "system/test_crash.py::test_a_file_that_cannot_be_written_is_named_and_the_checkpoint_stays",
@@ -76,7 +84,8 @@ PROMISES = [
         "trainer/test_training.py", "trainer/test_step.py",
     )),
     Promise("one window or batch or graph more or less changes no label", (
-        "inference/test_predictor.py", "runtime/test_graph_cache.py",
+        "inference/test_predictor.py", "inference/test_windows.py", "inference/test_engine.py",
+        "runtime/test_graph_cache.py", "runtime/test_graph_cache_on_a_gpu.py",
     )),
     Promise("exported programs compute what the network does", ("export/test_export.py",)),
 ]  # fmt: skip
