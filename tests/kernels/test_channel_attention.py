@@ -1,5 +1,7 @@
 """channel_attention: the CAB of the paper, against the definition in float64, output and all six gradients."""
 
+from math import prod
+
 import pytest
 import torch
 from hypothesis import strategies as st
@@ -22,7 +24,7 @@ SHAPES = [
     (5, 24, 4, 32, 2, 16),  # factor 2, exactly one tile of columns, one image past a tile of the linear layers
     (1, 16, 16, 16, 1, 1),  # global context: one pixel to all
     (1, 34, 3, 17, 2, 9),  # one small column past a tile, more than one block of channels
-    (2, 8, 33, 17, 3, 2),  # several parts, the last one shorter; some have no row of high
+    (2, 8, 17, 33, 2, 16),  # several parts, the last one shorter; some have no row of high
     (1, 9, 3, 4, 5, 7),  # high is the larger one
     (1, 6, 1, 7, 4, 3),  # one row
     (1, 16, 5, 7, 5, 7),  # no resize
@@ -53,13 +55,15 @@ def test_matches_the_definition(backend, shape, dtype):
 @pytest.mark.parametrize("dtype", [x for x in DTYPES if x != torch.float32], ids=str)
 def test_half_precision_features_and_float32_parameters(backend, dtype):
     """As under autocast: gradients come in each input's own dtype."""
-    inputs = make_inputs((2, 24, 8, 10, 4, 5), dtype, torch.float32)
+    inputs = make_inputs((2, 24, 4, 10, 2, 5), dtype, torch.float32)
     assert_no_worse_than(channel_attention_ref, channel_attention, inputs)
     dtypes = [x.dtype for x in run(channel_attention, inputs).values()]
     assert dtypes == [dtype] * 3 + [torch.float32] * 4
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    "shape", [pytest.param(shape, marks=slow if prod(shape) > 100_000 else []) for shape in SHAPES], ids=str
+)
 def test_float64(backend, shape):
     """Exact to rounding: coordinates, weights and means have no error of their own."""
     inputs = make_inputs(shape, torch.float64)
@@ -68,7 +72,7 @@ def test_float64(backend, shape):
         torch.testing.assert_close(ours[name], expected[name], rtol=1e-12, atol=1e-12)
 
 
-@examples(3, 12, data=st.data())
+@examples(2, 12, data=st.data())
 @pytest.mark.parametrize("name", ["triton", "torch"])
 def test_any_shape_dtype_and_layout(name, data):
     size = st.integers(1, 6)
@@ -128,7 +132,7 @@ def test_nan_is_not_hidden(backend):
 
 
 def test_behaves_like_a_pytorch_op(backend):
-    torch.library.opcheck(OPERATOR, [x.requires_grad_() for x in make_inputs((2, 3, 5, 4, 3, 2))])
+    torch.library.opcheck(OPERATOR, [x.requires_grad_() for x in make_inputs((2, 3, 3, 4, 2, 2))])
 
 
 def test_opcheck_of_mixed_dtypes(monkeypatch):
@@ -186,7 +190,7 @@ def test_autocast_leaves_gate_and_dtypes(backend):
 
 
 def test_two_runs_give_the_same_bits(backend):
-    inputs = make_inputs((2, 24, 9, 13, 4, 5))
+    inputs = make_inputs((2, 24, 5, 7, 3, 4))
     torch.use_deterministic_algorithms(DEVICE == "cpu" or backend == "triton")  # on CUDA PyTorch's own has no such form
     first, second = run(channel_attention, inputs), run(channel_attention, inputs)
     assert all(torch.equal(first[name], second[name]) for name in first)

@@ -43,7 +43,7 @@ def test_matches_the_definition(backend, shape, dtype):
     assert_no_worse_than(upsample_cross_entropy_ref, upsample_cross_entropy, make_inputs(shape, dtype))
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("reduction", ["mean", pytest.param("sum", marks=slow), "none"])
 @pytest.mark.parametrize("gamma", [0.0, 2.0, 0.7])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_matches_the_definition_at_every_setting(backend, reduction, gamma, weighted):
@@ -163,12 +163,14 @@ def test_a_large_factor_of_the_loss_reaches_the_gradient(backend):
 
 
 def test_half_gradients_of_a_mean_do_not_underflow(backend):
-    """What a scaled loss restores must not be lost before it is scaled."""
-    logits, labels = make_inputs((1, 3, 2, 2, 5, 129), torch.float16, scale=0.1)
-    x = logits.requires_grad_()
-    (upsample_cross_entropy(x, labels) * 2.0**14).backward()
-    y = logits.detach().double().requires_grad_()
-    (upsample_cross_entropy_ref(y, labels) * 2.0**14).backward()
+    """Pixels that are nearly certain: what a scaled loss restores must not be lost before it is scaled."""
+    logits, labels = make_inputs((1, 3, 8, 128, 8, 128), torch.float16, scale=0.1)
+    logits[:, 0] += 8.5
+    labels, scale = torch.zeros_like(labels), 2.0**14
+    x, y = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    (upsample_cross_entropy(x, labels) * scale).backward()
+    (upsample_cross_entropy_ref(y, labels) * scale).backward()
+    assert (y.grad / scale).abs().max() < 16 * 2**-24  # the steps of a half down there
     torch.testing.assert_close(x.grad.double(), y.grad, rtol=2e-3, atol=0)
 
 
@@ -240,7 +242,7 @@ def test_same_bits_every_time(backend):
 
 
 def test_gradcheck(backend):
-    logits, labels = make_inputs((2, 3, 2, 3, 3, 4), torch.float64)
+    logits, labels = make_inputs((1, 3, 2, 2, 3, 3), torch.float64)
     weight = torch.tensor([1.0, 0.5, 2.0], dtype=torch.float64, device=DEVICE)
     for case in ({}, {"gamma": 1.5, "class_weight": weight}, {"reduction": "none", "gamma": 2.0}):
         fn = partial(upsample_cross_entropy, labels=labels, **case)
@@ -249,7 +251,7 @@ def test_gradcheck(backend):
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_behaves_like_a_pytorch_operator(backend, reduction):
-    logits, labels = make_inputs((2, 3, 2, 3, 3, 4))
+    logits, labels = make_inputs((1, 3, 1, 2, 2, 3))
     op = torch.ops.dfn_kernels.upsample_cross_entropy.default
     need_grad = reduction == "mean"
     torch.library.opcheck(op, (logits.requires_grad_(), labels, None, None, 255, 2.0, reduction, need_grad))

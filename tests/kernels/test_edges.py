@@ -13,6 +13,7 @@ from dfn_kernels import conv3x3, multiscale_argmax, tuning, upsample_cross_entro
 from dfn_kernels.convolution.fused_conv import fused_conv
 from support.every_operator import Problem, Sizes, convolutions, problems, random_gradient, results
 from support.parity import DEVICE
+from support.tiers import slow
 
 KERNELS = sorted(problems())
 CONVOLUTIONS = sorted(convolutions())
@@ -137,7 +138,11 @@ def storage(x: Tensor) -> Tensor:
     return torch.empty(0, dtype=torch.uint8, device=x.device).set_(x.untyped_storage()).clone()
 
 
-VIEWS = pytest.mark.parametrize("view", [gaps, wider, turned, expanded], ids=lambda view: view.__name__)
+VIEWS = pytest.mark.parametrize(
+    "view",
+    [pytest.param(gaps, marks=slow), wider, turned, pytest.param(expanded, marks=slow)],
+    ids=["gaps", "wider", "turned", "expanded"],
+)
 HALVES = (torch.float16, torch.bfloat16)
 # The interpreter knows no alignment: one dtype tells what a program reads. A GPU compiles for it.
 PATHS: list[Any] = [("torch", dtype) for dtype in (torch.float32, *HALVES)]

@@ -8,11 +8,15 @@ import torch
 from dfn_kernels.common.triton_or_stub import MISSING
 from support.every_operator import problems, results
 from support.parity import DEVICE
+from support.tiers import slow
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu" or MISSING is not None, reason="runs in Triton's interpreter")
 
 
-@pytest.mark.parametrize("name", problems())
+QUICK = ("upsample_add", "multiscale_argmax")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in QUICK else slow) for name in problems()])
 def test_leaving_out_needless_work_changes_no_bit(triton_backend, monkeypatch, name):
     from triton.runtime import interpreter
 

@@ -79,9 +79,9 @@ def test_blocks_of_rows_meet(monkeypatch, shape, chunk):
 @pytest.mark.parametrize(
     ("height", "width", "size"),
     [
-        (47, 61, (96, 120)),  # enlarged
-        (96, 128, (48, 64)),  # halved
-        (90, 120, (41, 73)),  # shrunk, odd
+        (23, 31, (48, 60)),  # enlarged
+        (48, 64, (24, 32)),  # halved
+        (45, 60, (21, 37)),  # shrunk, odd
         (130, 170, (9, 11)),  # shrunk far
         (30, 40, (30, 40)),
         (1, 9, (4, 4)),
