@@ -93,7 +93,10 @@ def best_is_chosen(log_probabilities, labels):
 
 @pytest.mark.parametrize(
     "options",
-    [["--size", "33x64", "--batch", "2"], pytest.param(["--size", "65x50", "--dynamic"], marks=needs_any_size)],
+    [
+        ["--size", "33x64", "--batch", "2"],
+        pytest.param(["--size", "65x50", "--dynamic"], marks=[needs_any_size, pytest.mark.slow]),
+    ],
 )
 def test_a_program_gives_what_the_model_gives(model, checkpoint, here, options, capsys):
     assert main([checkpoint, "dfn.pt2", "--device", "cpu", *options]) == 0
@@ -112,7 +115,9 @@ def test_a_program_gives_what_the_model_gives(model, checkpoint, here, options, 
 
 
 @needs_any_size
-@pytest.mark.parametrize("labels", [False, True], ids=["log-probabilities", "labels"])
+@pytest.mark.parametrize(
+    "labels", [pytest.param(False, marks=pytest.mark.slow), True], ids=["log-probabilities", "labels"]
+)
 def test_onnx_runtime_gives_what_the_model_gives_at_any_size(model, checkpoint, here, labels, capsys):
     onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
     options = ["--labels"] if labels else []

@@ -120,8 +120,10 @@ def test_too_little_memory_for_a_batch_takes_half(model, picture, monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return stages(self, data)
 
+    predictor = Predictor(model, batch=4)
+    assert predictor.network.dtype == torch.float64  # made, and compared with the model, while memory suffices
     monkeypatch.setattr(FusedDFN, "stages", small)
-    for ours, alone in zip(Predictor(model, batch=4)(images), expected, strict=True):
+    for ours, alone in zip(predictor(images), expected, strict=True):
         np.testing.assert_array_equal(ours, alone)
     assert sizes == [4, 2, 2] * 2
 

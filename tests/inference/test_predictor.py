@@ -51,7 +51,9 @@ def test_many_images_of_any_size(model, picture):
     for batch, runs in ((2, [2, 1, 1]), (None, [1, 1, 1, 1])):
         predictor = Predictor(model, scales=(1, 1.3), batch=batch)
         expected, sizes = [predictor(image) for image in images], []
-        predictor.network.stem.register_forward_hook(lambda module, args, out, sizes=sizes: sizes.append(len(out)))
+        predictor.network.backbone.stem.register_forward_hook(
+            lambda module, args, out, sizes=sizes: sizes.append(len(out))
+        )
         labels = predictor(images)
         assert sizes == [n for n in runs for _ in predictor.settings()["scales"]]
         assert len(labels) == 4

@@ -37,7 +37,8 @@ def test_what_is_computed_again_has_the_same_bits(mode, kept):
     assert kept["buffer backbone.bn1.num_batches_tracked"] == 1
 
 
-@pytest.mark.parametrize("mode", ["norm", pytest.param("blocks", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["norm", "blocks"])
 def test_it_is_one_graph_when_compiled(mode):
     parts = {"border": False, "deep_supervision": False}
     kept = one_pass("off", parts=parts)

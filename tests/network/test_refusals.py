@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dfn_fast import FastDFN, ReferenceDFN
 from dfn_fast.checkpoint.weights import load_weights
 from dfn_fast.errors import CheckpointError
+from dfn_fast.network.losses import CrossEntropyLoss
 from support.networks import batch, narrow_backbones
 
 NETWORKS = (ReferenceDFN, FastDFN)
@@ -69,8 +70,8 @@ def test_one_label_map_alone_is_an_error(network):
 @pytest.mark.parametrize("network", NETWORKS)
 def test_the_ignored_value_may_not_be_a_class(network):
     images, labels, borders = batch((40, 48))
-    with pytest.raises(ValueError, match=r"256 classes have the ids 0..255, but 255 is ignored"):
-        small(network, 256)(images, labels, borders)
+    with pytest.raises(ValueError, match=r"5 classes have the ids 0..4, but 3 is ignored: expected at most 3 classes"):
+        small(network, criterion=CrossEntropyLoss(ignore_index=3))(images, labels, borders)
 
 
 @pytest.mark.parametrize("network", NETWORKS)
@@ -80,14 +81,13 @@ def test_a_criterion_of_your_own_gets_any_labels(network):
     assert small(network, criterion=nn.CrossEntropyLoss())(images, shifted, borders).isfinite()
 
 
-@pytest.mark.parametrize("wrong", [False, True])
-def test_a_compiled_network_makes_the_loss_nan(wrong):
+def test_a_compiled_network_makes_the_loss_nan():
     """As on a GPU: nothing waits for a verdict."""
     images, labels, borders = batch((40, 48))
-    labels[0, 0, 0] = 7 if wrong else 255
-    model = small(FastDFN)
-    loss = torch.compile(model, backend="aot_eager", fullgraph=True)(images, labels, borders)
-    assert loss.isnan() == wrong
+    compiled = torch.compile(small(FastDFN), backend="eager", fullgraph=True)
+    assert compiled(images, labels, borders).isfinite()
+    labels[0, 0, 0] = 7
+    assert compiled(images, labels, borders).isnan()
 
 
 def test_the_authors_constructor_works():

@@ -61,6 +61,7 @@ def test_a_profile_is_a_trace_and_two_tables(tmp_path):
     assert regions["backward"][0] < 0.2 * sum(ms for ms, _ in regions.values())
 
 
+@pytest.mark.slow
 def test_without_regions_the_kinds_are_left(tmp_path):
     with tiny_backbones():  # less to trace
         trainer = tiny_trainer(parts={"border": False})

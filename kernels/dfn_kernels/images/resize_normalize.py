@@ -2,8 +2,8 @@
 
 The resize is bilinear with half-pixel centres, clamped at the edges and without antialiasing: ``cv2.resize`` with
 ``INTER_LINEAR`` on float input. Output pixel ``j`` of ``h`` lies at ``((2 j + 1) H - h) / (2 h)``, a quotient of
-integers, so index and weight are exact at any size; equal sizes leave each pixel as it is. ``flip`` appends the mirrored
-copies as a second half of the batch. ``out`` is channels_last. One pass.
+integers, so index and weight are exact at any size; equal sizes leave each pixel as it is. ``flip`` appends the
+mirrored copies as a second half of the batch. ``out`` is channels_last. One pass.
 """
 
 import itertools
