@@ -271,7 +271,13 @@ def hang_in_one_call():
 
 
 def own_children(others):
-    return [child for child in multiprocessing.active_children() if child not in others]
+    """The processes that are left, after up to ten seconds for those that are just ending."""
+    deadline = time.monotonic() + 10
+    while left := [child for child in multiprocessing.active_children() if child not in others]:
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.02)
+    return left
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="processes are killed by POSIX signals")

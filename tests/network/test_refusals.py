@@ -81,6 +81,7 @@ def test_a_criterion_of_your_own_gets_any_labels(network):
     assert small(network, criterion=nn.CrossEntropyLoss())(images, shifted, borders).isfinite()
 
 
+@pytest.mark.slow
 def test_a_compiled_network_makes_the_loss_nan():
     """As on a GPU: nothing waits for a verdict."""
     images, labels, borders = batch((40, 48))

@@ -142,7 +142,7 @@ def test_next_images_are_read_while_a_batch_runs():
 
     pipeline.run = run
     pipeline(range(6))
-    assert stages.written == list(range(6))
+    assert sorted(stages.written) == list(range(6))  # several threads write
 
 
 def test_the_next_batch_runs_while_results_are_written():
