@@ -35,7 +35,8 @@ def add_inference_options(parser: argparse.ArgumentParser) -> None:
         choices=RULES,
         default="mean",
         metavar="NAME",
-        help="mean: average probabilities (default); torchseg: combine them as DFN's authors do, in windows of 512",
+        help="mean: average probabilities (default); torchseg: combine them as DFN's authors do, in windows of "
+        "512; --preset is the older name",
     )
     group.add_argument(
         "--window-weight",
@@ -48,8 +49,8 @@ def add_inference_options(parser: argparse.ArgumentParser) -> None:
         "--amp",
         choices=AMPS,
         metavar="NAME",
-        help="off, bf16, fp16, or auto: bf16, unless it changes the first image's labels on a CPU "
-        "(default: auto on CUDA, off on a CPU)",
+        help="precision of inference: off, bf16, fp16, or auto: bf16, on a CPU only if it changes fewer than one label "
+        "in a thousand of the first image (default: auto on CUDA, off on a CPU); unrelated to the precision of training",
     )
     group.add_argument(
         "--compile", action="store_true", help="use torch.compile, which takes half a minute for each new size"

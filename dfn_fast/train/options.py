@@ -53,7 +53,11 @@ def parser(defaults: TrainConfig | None = None) -> cli.Parser:
         epilog=EPILOG,
     )
     result.add_argument("recipe", nargs="?", metavar="RECIPE", help=f"{', '.join(RECIPES)} (default: synthetic)")
-    result.add_argument("--preset", choices=PRESETS, help="numbers of the recipe: the paper's (default) or TorchSeg's")
+    result.add_argument(
+        "--preset",
+        choices=PRESETS,
+        help="training numbers of the recipe: the paper's (default) or TorchSeg's; unrelated to --rule of evaluate",
+    )
     result.add_argument("--config", metavar="FILE", help="start from the config.json of another run, not a recipe")
     result.add_argument("--resume", action="store_true", help="continue the run in --output-dir (default: the newest)")
     result.add_argument("--stop-after", type=int, metavar="N", help="save and exit after iteration N of the run")
