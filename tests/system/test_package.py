@@ -1,6 +1,7 @@
 """What a newcomer meets first: the import, the commands and their help."""
 
 import importlib
+import re
 import subprocess
 import sys
 import textwrap
@@ -59,3 +60,16 @@ def test_the_commands_of_the_readme_are_there():
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     assert "pip install -e . && python -m dfn_fast.train" in lines
     assert 'pip install -e ".[test]" && pytest -n auto --dist loadfile' in lines
+
+
+def test_supported_versions_are_the_same_everywhere():
+    tomllib = pytest.importorskip("tomllib")
+    supported = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["dfn-fast"]["supported"]
+    setup = (ROOT / "setup.py").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "versions.md").read_text(encoding="utf-8")
+    assert f'python_requires=">={supported["python"][0]}"' in setup
+    assert re.findall(r"Programming Language :: Python :: (\S+)\"", setup) == supported["python"]
+    assert f'"torch>={supported["torch"]}"' in setup
+    assert f"| Python | {', '.join(supported['python'])} |" in page
+    assert f"| PyTorch | {supported['torch']} and newer |" in page
+    assert f"| Triton | {supported['triton']} and newer, on Linux;" in page
