@@ -101,8 +101,8 @@ class TrainConfig:
     amp: str = option(
         "auto",
         "execution",
-        "mixed precision of training; auto: bf16 on CUDA and on CPUs with AMX, else off (evaluate and predict decide by "
-        "themselves)",
+        "mixed precision of training; auto: bf16 on CUDA and on CPUs with AMX, else off (evaluate and predict "
+        "decide by themselves)",
         ("auto", "bf16", "fp16", "off"),
     )
     channels_last: bool = option(True, "execution", "channels_last memory format")

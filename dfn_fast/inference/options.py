@@ -50,7 +50,7 @@ def add_inference_options(parser: argparse.ArgumentParser) -> None:
         choices=AMPS,
         metavar="NAME",
         help="precision of inference: off, bf16, fp16, or auto: bf16, on a CPU only if it changes fewer than one label "
-        "in a thousand of the first image (default: auto on CUDA, off on a CPU); unrelated to the precision of training",
+        "in a thousand of the first image (default: auto on CUDA, off on a CPU); independent of --amp in training",
     )
     group.add_argument(
         "--compile", action="store_true", help="use torch.compile, which takes half a minute for each new size"
