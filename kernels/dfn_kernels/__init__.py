@@ -1,13 +1,13 @@
 """Fused operators of DFN: Triton kernels, with gradients, and the same mathematics in plain PyTorch elsewhere.
 
-Every operator takes features of any strides and alignment and a batch of 0, and raises ValueError with its name and its
-argument's for another shape, dtype or device. Environment variables, read at each call:
+Every operator takes features of any strides and alignment and a batch of 0. For another shape, dtype or device it
+raises a ValueError that names the operator and the argument. Environment variables, read at each call:
 
 - ``DFN_KERNELS``: ``auto`` (the default), ``torch`` or ``triton``, the implementation; ``TRITON_INTERPRET=1`` runs
   Triton's kernels on a CPU.
-- ``DFN_KERNELS_DEBUG=1``: debug mode. A label that is neither a class nor ``ignore_index`` is a ValueError; each
-  operator waits for the device, and what CUDA or Triton raises is a RuntimeError that names the operator, forward or
-  backward, whose kernel it was, and its arguments' shapes: "upsample_cross_entropy, logits [2, 21, 128, 128] float32 on
+- ``DFN_KERNELS_DEBUG=1``: debug mode. A label that is neither a class nor ``ignore_index`` raises ValueError. Each
+  operator waits for the device, and an error of CUDA or Triton becomes a RuntimeError that names the operator, forward
+  or backward, and its arguments' shapes: "upsample_cross_entropy, logits [2, 21, 128, 128] float32 on
   cuda:0, ...: CUDA error: an illegal memory access was encountered".
 """
 

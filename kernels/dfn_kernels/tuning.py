@@ -25,8 +25,8 @@ def launch_options(tile: Any) -> dict[str, int]:
     return {name if name == "num_warps" else name.upper(): value for name, value in tile._asdict().items()}
 
 
-# By block of channels; 1 where they move one by one: each has an address and a mask of its own, so fewer a thread.
-# Backward also by the full-size rows between two small ones, at the most.
+# By block of channels. 1: they move one by one, each with an address and a mask of its own, so a thread takes fewer.
+# Backward also by the largest number of full-size rows between two small ones.
 UPSAMPLE_ADD_FWD = {1: UpsampleTile(4, 16, 32, 16), 32: UpsampleTile(4, 16, 32, 4), 64: UpsampleTile(4, 16, 64, 4)}
 UPSAMPLE_ADD_BWD = {
     1: {2: UpsampleTile(2, 8, 32, 4), 4: UpsampleTile(4, 8, 32, 8), 8: UpsampleTile(8, 4, 32, 8)},
@@ -37,12 +37,12 @@ PROGRAMS = 2048  # enough to fill a large GPU several times over
 
 
 def vector_width(channels: int, element_size: int) -> int:
-    """Channels of one access: 16 bytes where their number allows it."""
+    """Channels of one access: 16 bytes if their number allows it."""
     return math.gcd(channels, 16 // element_size)
 
 
 def channel_block(channels: int, element_size: int) -> int:
-    """Key of the tables: channels of a program, 128 bytes (a cache line) where there are as many; 1: see above."""
+    """Key of the tables: a program's channels, 128 bytes (a cache line) if there are that many; 1: see above."""
     if vector_width(channels, element_size) <= 2:
         return 1
     return 64 if element_size == 2 and channels > 32 else 32
@@ -59,7 +59,7 @@ def upsample_add_bwd_tile(channels: int, element_size: int, height: int, small_h
 
 
 def upsample_add_bwd_run(programs: int, small_height: int) -> int:
-    """Small rows that one program walks down, given the programs that one row of each image makes: long runs reread
+    """Small rows that one program walks down; ``programs`` is how many one row of each image makes. Long runs reread
     less (one row in ``run`` is read twice), short ones fill the GPU."""
     return max(1, min(8, small_height, programs * small_height // PROGRAMS))
 
@@ -105,7 +105,7 @@ class LinearTile(NamedTuple):
     num_warps: int
 
 
-# By whether the inputs lie next to each other in the weights (forward) or the outputs do (backward).
+# By whether inputs (forward) or outputs (backward) are contiguous in the weights.
 LINEAR = {True: LinearTile(4, 4, 256, 4), False: LinearTile(4, 32, 32, 4)}
 LINEAR_WEIGHT_BWD = LinearTile(4, 16, 64, 4)
 
@@ -114,7 +114,7 @@ LINEAR_WEIGHT_BWD = LinearTile(4, 16, 64, 4)
 
 
 class LossTile(NamedTuple):
-    """Of one program: small columns, and classes as registers of a lane times lanes of a column."""
+    """One program's small columns, and its classes as registers of a lane times lanes of a column."""
 
     registers: int
     columns: int
@@ -133,9 +133,9 @@ LOSS_SOFTMAX = {
     128: LossTile(8, 8, 16, 4),
     256: LossTile(8, 4, 32, 4),
 }
-# By channels: more registers a channel and no sum over channels, so one channel a lane. Where it is one column, what is
-# known of a column is a scalar: with 2 to 8 columns 32 channels spill registers under one Triton or another (3.7 to 3.9
-# tried), and so do 256 channels with 2 columns and 16 warps.
+# By channels: more registers a channel and no sum over channels, so one channel a lane. With one column, the column's
+# values are scalars. With 2 to 8 columns, 32 channels spill registers under some Triton version (3.7 to 3.9 tried), and
+# so do 256 channels with 2 columns and 16 warps.
 LOSS_SIGMOID = {
     1: LossTile(1, 32, 1, 1),
     2: LossTile(1, 32, 2, 2),
@@ -165,13 +165,13 @@ class LossBands(NamedTuple):
     splits: int
 
 
-# By the full-size rows between two small ones, at the most: 8 to 16 of them a program.
+# By the largest number of full-size rows between two small ones: 8 to 16 of them a program.
 LOSS_BANDS = {4: LossBands(4, 1), 8: LossBands(2, 1), 16: LossBands(1, 2), 32: LossBands(1, 4)}
 LOSS_TOTAL_BLOCK = 1024  # programs whose sums are added at a time
 
 
 def loss_collect_warps(block: int) -> int:
-    """Of a program that adds ``block`` elements: eight a lane."""
+    """Warps of a program that adds ``block`` elements: eight a lane."""
     return max(1, min(8, block // 256))
 
 
@@ -198,7 +198,7 @@ class DecisionTile(NamedTuple):
     num_warps: int
 
 
-# By classes, rounded up to a power of two: at most 32 of them a thread, 16 where there are many.
+# By classes, rounded up to a power of two: at most 32 of them a thread, 16 if there are many.
 MULTISCALE_ARGMAX = {
     32: DecisionTile(128, 4),
     64: DecisionTile(64, 8),
@@ -208,7 +208,7 @@ MULTISCALE_ARGMAX = {
 
 
 def multiscale_argmax_tile(classes: int, element_size: int) -> DecisionTile:
-    """A quarter of the numbers a thread where sums are float64: each takes two registers, and its exponential more."""
+    """A quarter of the numbers a thread if sums are float64: each takes two registers, and its exponential more."""
     tile = next(tile for limit, tile in MULTISCALE_ARGMAX.items() if classes <= limit)
     return tile._replace(pixels=tile.pixels // 2, num_warps=2 * tile.num_warps) if element_size == 8 else tile
 
@@ -225,16 +225,16 @@ RESIZE_NORMALIZE = {256: StreamTile(4, 256, 4), 512: StreamTile(4, 512, 4)}  # b
 
 
 def resize_normalize_tile(width: int) -> StreamTile:
-    """The wider tile where it fits: fewer programs each with more loads in flight."""
+    """The wider tile if it fits: fewer programs, each with more loads in flight."""
     return RESIZE_NORMALIZE[512 if width % 512 == 0 or width > 2048 else 256]
 
 
 class WinogradTile(NamedTuple):
-    """Where Winograd's algorithm with tiles of ``side`` pixels pays on a CPU.
+    """When Winograd's algorithm with tiles of ``side`` pixels pays on a CPU.
 
     ``channels``: the least harmonic mean of input and output channels, halved (256 for 512 and 512): arithmetic grows
-    with their product, the transforms with their sum. ``pixels``: the least number of them, B * H * W, with the weight
-    transformed ahead (inference) and with each call (training).
+    with their product, the transforms with their sum. ``pixels_ahead``, ``pixels``: the fewest pixels, B * H * W, with
+    the weight transformed ahead (inference) or in each call (training).
     """
 
     side: int
@@ -255,8 +255,8 @@ WINOGRAD = {
 def winograd_tile(
     shape: tuple[int, ...], out_channels: int, dtype: str, *, ahead: bool = False, matrix_units: bool = False
 ) -> int:
-    """The side of the tiles for ``[B, I, H, W]``; 0: a direct convolution is faster. ``matrix_units``: the CPU has
-    AMX, whose bfloat16 products leave the transforms nothing to win."""
+    """The side of the tiles for ``[B, I, H, W]``, or 0 if a direct convolution is faster. ``matrix_units``: the CPU has
+    AMX, whose bfloat16 products are too fast for the transforms to pay."""
     tile = WINOGRAD.get(dtype)
     if tile is None or (matrix_units and dtype == "bfloat16"):
         return 0

@@ -24,7 +24,7 @@ Gradients = kernels.Gradients  # of low, high, fc1_weight, fc1_bias, fc2_weight 
 def channel_attention_ref(
     low: Tensor, high: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor
 ) -> Tensor:
-    """The definition, in plain PyTorch and any dtype; the linear layers run in that of their weights."""
+    """The definition, in plain PyTorch and any dtype; the linear layers run in their weights' dtype."""
     high = F.interpolate(high, size=low.shape[2:], mode="bilinear", align_corners=True)
     mean = torch.cat([low, high], dim=1).mean((2, 3)).to(fc1_weight.dtype)
     gate = F.linear(F.relu(F.linear(mean, fc1_weight, fc1_bias)), fc2_weight, fc2_bias).sigmoid()
@@ -32,13 +32,13 @@ def channel_attention_ref(
 
 
 def _mean_weights(small: tuple[int, int], full: torch.Size, like: Tensor) -> Tensor:
-    """``[1, 1, h, w]``, the share of each pixel of ``small`` in the mean over its resized ``full`` pixels."""
+    """``[1, 1, h, w]``: the weight of each pixel of ``small`` in the mean over the resized ``full`` pixels."""
     mean = torch.full((1, 1, *full), 1 / full.numel(), dtype=torch.float64, device=like.device)
     return resize_bwd_torch(mean, small).to(like.dtype)
 
 
 def _pixel_sums(x: Tensor, acc: torch.dtype, y: Tensor | None = None) -> Tensor:
-    """Sums over pixels of x, or of x * y, ``[B, C]``: a few images at a time, so that what is between stays small."""
+    """Sums over pixels of x, or of x * y, ``[B, C]``: a few images at a time, to keep temporary tensors small."""
     if y is None and x.dtype == acc:
         return x.sum((2, 3))
     images = max(1, 2**20 // x.shape[1:].numel())
@@ -49,7 +49,7 @@ def _pixel_sums(x: Tensor, acc: torch.dtype, y: Tensor | None = None) -> Tensor:
 def _forward_torch(
     low: Tensor, high: Tensor, parameters: tuple[Tensor, ...], acc: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """kernels.forward in plain PyTorch; no tensor of its size besides out."""
+    """kernels.forward in plain PyTorch, without another tensor of out's size."""
     fc1_weight, fc1_bias, fc2_weight, fc2_bias = (x.to(acc) for x in parameters)
     out = resize_torch(high, low)
     mean = torch.cat([_pixel_sums(low, acc), _pixel_sums(out, acc)], dim=1).div_(low.shape[2:].numel())
@@ -169,8 +169,8 @@ _channel_attention.register_autograd(_backward, setup_context=_setup_context)
 
 
 class _Eager(torch.autograd.Function):
-    """The plain PyTorch path outside of a graph: for small features a custom operator's call would cost more than all
-    of it."""
+    """The plain PyTorch path outside a graph. For small features, calling a custom operator would cost more than the
+    whole computation."""
 
     @staticmethod
     def forward(ctx, low: Tensor, high: Tensor, *parameters: Tensor) -> Tensor:
@@ -197,8 +197,8 @@ def channel_attention(
             bfloat16 and parameters float32.
         fc2_weight, fc2_bias: ``[C, C]`` and ``[C]``, fc1's dtype.
 
-    Returns ``[B, C, H, W]`` in low's dtype, channels_last. Means, linear layers and gate are float32 whatever the
-    features and autocast say (float64 where either is float64). Differentiable once, gradients in each input's dtype.
+    Returns ``[B, C, H, W]`` in low's dtype, channels_last. Means, linear layers and gate are float32, under autocast
+    too (float64 if features or parameters are float64). Differentiable once, gradients in each input's dtype.
     Raises ValueError for other shapes, dtypes or devices.
     """
     parameters = {"fc1_weight": fc1_weight, "fc1_bias": fc1_bias, "fc2_weight": fc2_weight, "fc2_bias": fc2_bias}

@@ -1,4 +1,4 @@
-"""Triton kernels of channel_attention, besides those that it shares with upsample_add: pooling and linear layers.
+"""The Triton kernels that channel_attention does not share with upsample_add: pooling and linear layers.
 
 Sums over pixels go to a row of partial sums per program, ``[B, parts, ...]``, and are added in a fixed order.
 Everything between the pooling passes is ``[B, C]`` or ``[B, 2C]`` in the accumulator's dtype, and stays on the device.
@@ -95,7 +95,7 @@ def _gate_bwd_kernel(
     CHANNELS: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """One part's share, ``share`` pixels, of the gate's gradient, the sum of ``d_out * low`` over pixels."""
+    """One part of the gate's gradient: the sum of ``d_out * low`` over ``share`` pixels."""
     channels = groups * VECTOR
     blocks = tl.cdiv(channels, CHANNELS)
     col = tl.program_id(0) % blocks * CHANNELS + tl.arange(0, CHANNELS)
@@ -123,7 +123,7 @@ def _gate_bwd_kernel(
 def _sum_parts_kernel(
     partial_ptr, gate_ptr, out_ptr, parts, size, PARTS: tl.constexpr, CHANNELS: tl.constexpr, ACC: tl.constexpr
 ):
-    """Adds the parts ``[B, parts, size]``; with a gate it goes on to the gradient of the sigmoid's argument."""
+    """Adds the parts ``[B, parts, size]``; with a gate, goes on to the gradient of the sigmoid's argument."""
     image = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     total = tl.zeros([PARTS, CHANNELS], ACC)
@@ -240,7 +240,7 @@ def _sum_parts(partial: Tensor, gate: Tensor | None = None) -> Tensor:
 def _linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: Tensor | None = None, sigmoid: bool = False
 ) -> Tensor:
-    """With a bias the layer and its activation, without one the gradient of its input; weight ``[out, in]``."""
+    """With a bias, the layer and its activation; without one, the gradient of its input. weight is ``[out, in]``."""
     forward = bias is not None
     outputs = weight.shape[0 if forward else 1]
     B, inputs = x.shape
@@ -308,7 +308,7 @@ def compile_cases() -> list[CompileCase]:
             cases.append(features_case(_mean_fwd_kernel, dtype, C, tile, features, sums, [*integers, *small]))
             features = ("d_out_ptr", "low_ptr")
             cases.append(features_case(_gate_bwd_kernel, dtype, C, tile, features, sums, integers))
-    for kind in TYPES.values():  # of the parameters; what the pooling passes left is float32
+    for kind in TYPES.values():  # of the parameters; the pooling passes' results are float32
         for C, note in ((512, "512 channels"), (21, "21 channels")):
             aligned = C % 16 == 0
             cases += _linear_cases(kind, aligned, f"{kind[1:]}, {note}")

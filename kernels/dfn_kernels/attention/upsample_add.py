@@ -24,8 +24,8 @@ def _resize(x: Tensor, size: torch.Size) -> Tensor:
 
 
 def check_offsets(operator: str, full: Tensor, small_height: int, small_width: int) -> None:
-    """Raises ValueError where coordinates, or offsets within eight rows, would not fit 32 bits. Images, and the tensor,
-    may be larger. Called with real sizes, where a graph with symbolic ones would get a guard for each."""
+    """Raises ValueError if coordinates, or offsets within eight rows, would not fit 32 bits. Images, and the tensor,
+    may be larger. Call it with real sizes: symbolic ones would each add a guard to the graph."""
     C, H, W = full.shape[1:]
     if max(2 * H * small_height, 2 * W * small_width, 8 * W * C) >= 2**31:
         raise ValueError(
@@ -104,12 +104,12 @@ def upsample_add(low: Tensor, high: Tensor) -> Tensor:
 
     Returns ``[B, C, H, W]`` in low's dtype, channels_last. Sums are float32 (float64 for float64). Autocast changes
     nothing: the features keep their dtype. Differentiable once; gradients in low's dtype, and channels_last (in plain
-    PyTorch as the output's gradient comes). Raises ValueError for other shapes, dtypes or devices.
+    PyTorch, in the layout of the output's gradient). Raises ValueError for other shapes, dtypes or devices.
     """
     check_pair("upsample_add", low, high)
     if torch.compiler.is_compiling() or use_triton(low) or debugging():
         return _upsample_add(low, high)
-    # Outside of a graph PyTorch's own operators: for small features a custom operator's call would cost more.
+    # Outside a graph, use PyTorch's own operators: for small features, calling a custom operator would cost more.
     low, resized = nhwc(low), _resize(nhwc(high), low.shape[2:])
     # In place it is a fifth faster in float32, and a third slower in half precision.
     in_place = resized.element_size() > 2 and resized.is_contiguous(memory_format=torch.channels_last)

@@ -115,7 +115,7 @@ def _upsample_add_bwd_kernel(
         i = first_row - 1 + step
         below = tl.zeros([ROWS * COLUMNS, CHANNELS], ACC)  # of small row i + 1
         stop = first_target(i + 1, small_height, height)
-        owned = tl.where(i >= first_row, stop, 0)  # d_low of the rows above the run is another program's
+        owned = tl.where(i >= first_row, stop, 0)  # d_low of the rows above the run belongs to another program
         for start in range(first_target(tl.maximum(i, 0), small_height, height), stop, ROWS):
             y = start + pixel // COLUMNS
             chunk = (image * height + start) * width * channels
@@ -150,7 +150,7 @@ def _upsample_add_bwd_kernel(
 
 
 def triton_dtype(dtype: torch.dtype) -> Any:
-    """The kernels' name of an accumulator's dtype."""
+    """Triton's name for an accumulator's dtype."""
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
@@ -217,8 +217,8 @@ def features_case(
     note: str = "",
     **flags: Any,
 ) -> CompileCase:
-    """A kernel over features in ``dtype``, which move in 16-byte accesses where the channels allow it; ``vectors`` are
-    its other pointers, by type, or None where they are absent."""
+    """A kernel over features in ``dtype``, which move in 16-byte accesses if the channels allow it. ``vectors`` are
+    its other pointers, by type, or None if they are absent."""
     vector = tuning.vector_width(channels, dtype.itemsize)
     pointers = dict.fromkeys(features, TYPES[dtype]) | {name: kind for name, kind in vectors.items() if kind}
     options = tuning.launch_options(tile)

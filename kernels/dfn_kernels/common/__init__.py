@@ -1,1 +1,1 @@
-"""What the operators share: the choice of implementation, Triton or its stub, resize arithmetic, compilation cases."""
+"""Shared by the operators: the choice of implementation, Triton or its stub, resize arithmetic, compilation cases."""

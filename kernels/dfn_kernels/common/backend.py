@@ -1,8 +1,8 @@
 """Which implementation serves a call: the Triton kernels, or the same mathematics in plain PyTorch.
 
 ``DFN_KERNELS`` is ``auto`` (the default), ``torch`` or ``triton``. ``auto``: Triton for CUDA and HIP tensors, plain
-PyTorch for all others; with ``TRITON_INTERPRET=1`` the Triton kernels for CPU tensors too. What is forced and missing
-is an error. An empty batch is PyTorch's: no kernel is launched for nothing.
+PyTorch for all others; with ``TRITON_INTERPRET=1`` the Triton kernels for CPU tensors too. Forcing an
+implementation that is missing is an error. PyTorch serves an empty batch, so no kernel is launched for nothing.
 
 ``DFN_KERNELS_DEBUG=1`` is the debug mode of every operator, see :func:`named_errors`; the losses check labels in it.
 """
@@ -21,7 +21,7 @@ from dfn_kernels.common.triton_or_stub import MISSING
 
 CHOICES = ("auto", "torch", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# Others, such as meta, refuse to be asked whether it is on. Here, since not every torch.compile can trace the question.
+# On others, such as meta, asking whether it is on raises. Listed here, as not every torch.compile can trace the call.
 AUTOCAST_DEVICES = frozenset(kind for kind in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(kind))
 
 
@@ -31,8 +31,8 @@ def interpreting() -> bool:
 
 
 def use_triton(x: Tensor) -> bool:
-    """Whether the Triton kernels serve a call on ``x``, which they never do on an empty one. Raises RuntimeError where
-    they are forced and missing."""
+    """Whether the Triton kernels serve a call on ``x``; never if it is empty. Raises RuntimeError if they are forced
+    but missing."""
     choice = os.environ.get("DFN_KERNELS", "auto")
     if choice not in CHOICES:
         raise RuntimeError(f"DFN_KERNELS must be one of {', '.join(CHOICES)}, got {choice!r}")
@@ -52,8 +52,8 @@ def use_triton(x: Tensor) -> bool:
 
 
 def debugging() -> bool:
-    """Whether values are checked too (``DFN_KERNELS_DEBUG=1``), at the price of waiting for the device. Never in a
-    graph, whose operators ask when they run."""
+    """Whether values are checked too (``DFN_KERNELS_DEBUG=1``), which waits for the device. False while compiling a
+    graph: its operators ask when they run."""
     return not torch.compiler.is_compiling() and os.environ.get("DFN_KERNELS_DEBUG") == "1"
 
 
@@ -67,12 +67,12 @@ def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
 
 
 def named_errors(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """In debug mode the function waits for the device, and an error of CUDA or Triton says whose it is.
+    """In debug mode, makes the function wait for the device, and an error of CUDA or Triton name the operator.
 
-    A device works behind its host, so that a fault of one kernel is raised by whatever the host does next. Under
-    ``DFN_KERNELS_DEBUG=1`` the host waits before the function and after it: RuntimeError names the operator, the shapes
-    of its arguments and, where it was there before, that the fault is an earlier operation's. A ValueError names its
-    operator as it is. While a CUDA graph is captured nothing can be waited for. Otherwise this costs a look at the
+    A device runs behind its host, so a kernel's fault is raised by whatever the host does next. Under
+    ``DFN_KERNELS_DEBUG=1`` the host waits before the function and after it. The RuntimeError names the operator and the
+    shapes of its arguments, and says so if the fault is an earlier operation's. A ValueError already names its
+    operator. Nothing can wait while a CUDA graph is captured. Outside debug mode this costs one look at the
     environment.
     """
 
@@ -99,7 +99,7 @@ def named_errors(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits for a CUDA device, which raises what went wrong on it; not while a graph is captured."""
+    """Waits for a CUDA device, which raises its pending errors. Does nothing while a graph is captured."""
     if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
         torch.cuda.synchronize(device)
 
@@ -125,12 +125,12 @@ def _described(value: Any) -> str:
 
 
 def nhwc(x: Tensor) -> Tensor:
-    """``x`` in channels_last: itself where it is, else a copy. The one place where a layout is converted."""
+    """``x`` in channels_last: itself if it already is, else a copy. The one place where a layout is converted."""
     return x.contiguous(memory_format=torch.channels_last)
 
 
 def full_precision(device: torch.device) -> contextlib.AbstractContextManager:
-    """No autocast: it would take resizes and matrix products to half precision."""
+    """Turns autocast off, which would run resizes and matrix products in half precision."""
     known = device.type in AUTOCAST_DEVICES
     return torch.autocast(device.type, enabled=False) if known else contextlib.nullcontext()
 
@@ -141,7 +141,7 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def check_features(operator: str, **tensors: Tensor) -> None:
-    """Raises ValueError unless all are ``[B, C, H, W]`` of one dtype that we serve, on one device; B may be 0."""
+    """Raises ValueError unless all are ``[B, C, H, W]`` of one supported dtype, on one device; B may be 0."""
     first_name, first = next(iter(tensors.items()))
     for name, x in tensors.items():
         if x.ndim != 4 or 0 in x.shape[1:]:

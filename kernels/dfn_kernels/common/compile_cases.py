@@ -1,4 +1,4 @@
-"""What is compiled without a GPU: each kernel with each entry of the tuning tables, for every architecture."""
+"""The cases to compile without a GPU: each kernel with each entry of the tuning tables, for every architecture."""
 
 import importlib
 import pkgutil
@@ -16,12 +16,12 @@ class CompileCase(NamedTuple):
     divisible: tuple[str, ...]  # run-time arguments that are multiples of 16 (pointers: 16-byte aligned)
     num_warps: int
     num_stages: int
-    streaming: tuple[str, ...]  # operands that must move in 16-byte accesses; empty where none must
+    streaming: tuple[str, ...]  # operands that must move in 16-byte accesses; empty if none must
     note: str  # what the case stands for, such as "bf16, 512 channels"
 
 
 def operators() -> dict[str, ModuleType]:
-    """The operators' modules by the last part of their name: those that list what is to be compiled."""
+    """The operators' modules that list compile cases, by the last part of their name."""
     package = str(Path(__file__).parents[1])
     names = [m.name for m in pkgutil.walk_packages([package], "dfn_kernels.") if not m.name.endswith("_triton")]
     modules = {name.rpartition(".")[2]: importlib.import_module(name) for name in names}

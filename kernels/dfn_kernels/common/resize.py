@@ -21,7 +21,7 @@ def source(j, small, full):
 
 @triton.jit
 def first_target(i, small, full):
-    """The first pixel of ``full`` that lies at or after pixel ``i`` of ``small``; full where none does.
+    """The first pixel of ``full`` that lies at or after pixel ``i`` of ``small``; full if none does.
 
     The pixels between small rows ``i`` and ``i + 1`` are ``first_target(i) ... first_target(i + 1) - 1``; the last
     row, ``small - 1``, owns the last pixel.

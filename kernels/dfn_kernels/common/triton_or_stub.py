@@ -1,4 +1,4 @@
-"""Triton where it is installed; where it is not, stand-ins that let the kernel modules be imported, not launched."""
+"""Triton if it is installed; otherwise stand-ins that let the kernel modules be imported, but not launched."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ except ImportError as error:  # macOS, Windows
     MISSING = str(error)
 
     class _Absent:
-        """Any attribute of the missing package; as a decorator it leaves the function alone."""
+        """Any attribute of the missing package; as a decorator it leaves the function unchanged."""
 
         def __getattr__(self, name: str) -> Any:
             return self

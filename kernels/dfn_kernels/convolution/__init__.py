@@ -1,1 +1,1 @@
-"""Convolutions with what surrounds them: bias, ReLU, residual; and Winograd's algorithm."""
+"""Convolutions fused with their bias, ReLU and residual, and Winograd's algorithm."""

@@ -21,15 +21,15 @@ def conv3x3_ref(x: Tensor, weight: Tensor) -> Tensor:
     return F.conv2d(x, weight, padding=1)
 
 
-# Asked once, here: torch.compile cannot trace the question.
+# Asked once, at import: torch.compile cannot trace the call.
 MATRIX_UNITS = has_amx()
 NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES}
 
 
 def winograd_tile(x: Tensor, out_channels: int, *, ahead: bool = False) -> int:
-    """The side of the tiles that pay for ``x`` ``[B, C, H, W]``; 0 where PyTorch's own convolution is faster.
+    """The side of the fastest tiles for ``x`` ``[B, C, H, W]``, or 0 if PyTorch's own convolution is faster.
 
-    ``ahead``: the weight is transformed before, and not with each call.
+    ``ahead``: the weight is transformed once beforehand, not in each call.
     """
     if x.device.type != "cpu":
         return 0
@@ -57,7 +57,7 @@ def _(x, weight):
 
 @operator("conv3x3_bwd_input")
 def _bwd_input(d_out: Tensor, weight: Tensor) -> Tensor:
-    # The weight's spatial mirror image takes every output pixel back to where it came from.
+    # The spatially flipped weight takes every output pixel back to its input pixels.
     return _forward(d_out, weight.flip(2, 3).transpose(0, 1))
 
 
@@ -101,9 +101,9 @@ def conv3x3(x: Tensor, weight: Tensor) -> Tensor:
         x: ``[B, I, H, W]``, float32, bfloat16, float16 or float64; channels_last, or converted to it.
         weight: ``[O, I, 3, 3]``.
 
-    Returns ``[B, O, H, W]``, channels_last. Differentiable once, in both. Under autocast as ``conv2d``: both in the
-    lower precision. In float32 Winograd's algorithm rounds by some 2e-6 of the largest value, PyTorch's own by 2e-7 to
-    2e-6. Raises ValueError for other shapes, dtypes or devices.
+    Returns ``[B, O, H, W]``, channels_last. Differentiable once, in both. Autocast casts both to the lower precision,
+    as for ``conv2d``. In float32 Winograd's algorithm rounds by some 2e-6 of the largest value, PyTorch's own by 2e-7
+    to 2e-6. Raises ValueError for other shapes, dtypes or devices.
     """
     if weight.ndim != 4 or len(weight) == 0 or weight.shape[1:] != (x.shape[1] if x.ndim == 4 else -1, 3, 3):
         raise ValueError(

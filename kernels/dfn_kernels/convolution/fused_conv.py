@@ -1,8 +1,8 @@
 """Convolution of an inference network: ``out = relu(conv(x, weight) + bias + residual)``, in one pass over ``out``.
 
-Channels_last. On CUDA one call of cuDNN, on a CPU one of oneDNN with its weight in oneDNN's own layout, or Winograd's
-algorithm for 3x3 convolutions of many channels (:mod:`dfn_kernels.convolution.conv3x3`). PyTorch's own convolution
-writes ``out`` and reads and writes it again for each of bias (on CUDA), residual and ReLU.
+Channels_last. On CUDA this is one call of cuDNN. On a CPU it is one call of oneDNN with the weight in oneDNN's own
+layout, or Winograd's algorithm for 3x3 convolutions of many channels (:mod:`dfn_kernels.convolution.conv3x3`).
+PyTorch's own convolution writes ``out``, then reads and writes it again for each of bias (on CUDA), residual and ReLU.
 """
 
 import functools
@@ -28,12 +28,12 @@ def fused_conv_ref(
 
 
 LAYOUT_SERVES_ALL_SIZES = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-SHAPES = 5  # for which a weight is kept where it does not: those of five scales
+SHAPES = 5  # otherwise a weight is kept in the layouts of this many sizes: those of five scales
 
 
 @dataclass
 class Packed:
-    """What a weight is turned into for the CPU, made when it is first needed and kept: memory for speed."""
+    """A weight's forms for the CPU, each made when it is first needed and then kept: memory for speed."""
 
     onednn: dict[tuple[int, ...], Tensor] = field(default_factory=dict)  # by x's shape, the last few of them
     winograd: dict[int, Tensor] = field(default_factory=dict)
@@ -50,16 +50,16 @@ def fused_conv(
     relu: bool = True,
     packed: Packed | None = None,
 ) -> Tensor:
-    """``relu(conv2d(x, weight, bias) + residual)``, each of bias, residual and ReLU where it is asked for.
+    """``relu(conv2d(x, weight, bias) + residual)``. Bias, residual and ReLU are optional.
 
     Args:
-        x: ``[B, I, H, W]``, float32, bfloat16, float16 or float64, converted to channels_last where it is not.
+        x: ``[B, I, H, W]``, float32, bfloat16, float16 or float64, converted to channels_last if it is not.
         weight: ``[O, I, k, k]``, x's dtype. bias: ``[O]``, x's dtype or, on a CPU with ``packed`` and without
             residual, float32. residual: of the output's shape, x's dtype.
-        packed: kept by the caller beside an unchanging weight: what a CPU turns the weight into, once.
+        packed: the weight's forms for the CPU, made once. The caller keeps it beside a weight that does not change.
 
     Returns ``[B, O, h, w]``, channels_last. Sums are float32 or better and rounded once, or after each of the three
-    steps where a device has no fused form. Not differentiable. Raises ValueError for other shapes, dtypes or devices.
+    steps if a device has no fused form. Not differentiable. Raises ValueError for other shapes, dtypes or devices.
     """
     exact_bias = x.device.type == "cpu" and packed is not None and residual is None
     bias_dtypes = (x.dtype, torch.float32) if exact_bias else (x.dtype,)
@@ -76,7 +76,7 @@ def _check(
     padding: int,
     bias_dtypes: tuple[torch.dtype, ...],
 ) -> None:
-    """Here, because oneDNN and cuDNN do not ask: they would read past the end of a residual that is too small."""
+    """Raises ValueError; oneDNN and cuDNN do not check and would read past the end of a residual that is too small."""
     check_features("fused_conv", x=x, weight=weight)
     O, I, *kernel = weight.shape  # noqa: E741
     size = [(side + 2 * padding - k) // stride + 1 for side, k in zip(x.shape[2:], kernel, strict=True)]
@@ -154,9 +154,9 @@ def _on_cpu(
 
 
 def _onednn_weight(x: Tensor, weight: Tensor, stride: int, padding: int, kept: dict[tuple[int, ...], Tensor]) -> Tensor:
-    """The weight in the layout that oneDNN wants for ``x``, from ``kept`` or put there.
+    """The weight in oneDNN's layout for ``x``, taken from ``kept`` or added to it.
 
-    With AVX-512 one layout serves every size. Without, a convolution in the layout of another size can take several
+    With AVX-512 one layout serves every size. Without it, a convolution in another size's layout can take several
     times as long.
     """
     shape = () if LAYOUT_SERVES_ALL_SIZES else tuple(x.shape)
@@ -170,7 +170,7 @@ def _onednn_weight(x: Tensor, weight: Tensor, stride: int, padding: int, kept: d
     return kept[shape]
 
 
-# cuDNN's fused calls have no fake rule of their own, so torch.compile and torch.export would not see through them.
+# cuDNN's fused calls have no fake rule of their own, so torch.compile and torch.export could not trace them.
 @operator("cudnn_conv_relu")
 def _cudnn(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, stride: int, padding: int) -> Tensor:
     x, weight = nhwc(x), nhwc(weight)
@@ -193,8 +193,8 @@ def _(x, weight, bias, residual, stride, padding):
 def _relu_ignores_memory(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether cuDNN's convolution with bias and ReLU is right whatever its output's memory held before.
 
-    PyTorch hands it that memory as an addend with factor 0, and 0 times nan is nan. Asked once for each device and
-    dtype, by a call on memory full of nan; waits for the device, so before any graph is captured.
+    PyTorch passes that memory as an addend with factor 0, and 0 times nan is nan. Tested once for each device and
+    dtype, by a call on memory full of nan. The test waits for the device, so it must precede any graph capture.
     """
     x = torch.ones((1, 64, 16, 16), device=device, dtype=dtype).to(memory_format=torch.channels_last)
     weight = torch.full((64, 64, 3, 3), 1 / 64, device=device, dtype=dtype).to(memory_format=torch.channels_last)

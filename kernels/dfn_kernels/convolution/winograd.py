@@ -1,13 +1,13 @@
 """Winograd's minimal filtering (Lavin and Gray, CVPR 2016) of 3x3 convolutions, in plain PyTorch, for CPUs.
 
 The output is cut into tiles of ``m`` x ``m`` pixels. A tile is ``A^T [(G w G^T) * (B^T d B)] A``, with ``d`` the
-``m + 2`` x ``m + 2`` pixels of input that it sees; summed over input channels the product is one matrix product for
-each of the ``(m + 2)^2`` positions: 2.25 multiplications an output, input and output channel for ``m = 4`` and 4 for
-``m = 2``, where the definition has 9. The two-dimensional transforms are Kronecker products here, so that each is one
-matrix product as well.
+``m + 2`` x ``m + 2`` pixels of input that it sees. Summed over input channels, the elementwise product becomes one
+matrix product for each of the ``(m + 2)^2`` positions. For each pixel, input channel and output channel that is 2.25
+multiplications with ``m = 4`` and 4 with ``m = 2``; the definition has 9. The two-dimensional transforms are Kronecker
+products here, so each is one matrix product as well.
 
-What it costs: ``(m + 2)^2 / m^2`` times the input and the output as temporary memory, bounded by working through the
-tiles in groups, and some rounding: in float32, ``m = 4``, some 2e-6 of the largest value.
+The cost is temporary memory, ``(m + 2)^2 / m^2`` times the input and the output, bounded by processing the tiles in
+groups, and some rounding: in float32 with ``m = 4`` some 2e-6 of the largest value.
 """
 
 import functools
@@ -21,9 +21,9 @@ from torch import Tensor
 
 from dfn_kernels.common.backend import accumulator
 
-# Interpolation points; infinity is one more. Symmetric ones around 1 round least: 2e-6, and 7e-6 with 0, 1, -1, 2, -2.
+# Interpolation points, besides infinity. Symmetric ones around 1 round least: 2e-6, against 7e-6 for 0, 1, -1, 2, -2.
 POINTS = {2: ("0", "1", "-1"), 4: ("0", "3/4", "-3/4", "3/2", "-3/2")}
-WORKSPACE_BYTES = 1 << 26  # of one group of tiles, before and after a product; kept, a page is slow to get on a CPU
+WORKSPACE_BYTES = 1 << 26  # of a group of tiles, before or after a product; kept, because new pages are slow on a CPU
 
 _workspaces = threading.local()
 
@@ -52,8 +52,8 @@ def transforms(m: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def transform_weight(weight: Tensor, m: int, *, keep: bool = True) -> Tensor:
-    """``[O, I, 3, 3]`` -> ``[(m+2)^2, O, I]`` of the same dtype, rounded once; without ``keep`` in a workspace, where
-    it lives until the next one is made."""
+    """``[O, I, 3, 3]`` -> ``[(m+2)^2, O, I]`` in the same dtype, rounded once. Without ``keep`` the result may lie in a
+    workspace that the next call overwrites."""
     positions, (outputs, C) = (m + 2) ** 2, weight.shape[:2]
     high = accumulator(weight.dtype)
     taps = _workspace("taps", 3, 3, outputs, C, dtype=high).copy_(weight.permute(2, 3, 0, 1)).view(9, -1)
@@ -64,7 +64,7 @@ def transform_weight(weight: Tensor, m: int, *, keep: bool = True) -> Tensor:
 
 
 def _workspace(name: str, *shape: int, dtype: torch.dtype) -> Tensor:
-    """An uninitialised tensor in memory that this thread keeps: its next one of that name overwrites it."""
+    """An uninitialised tensor in memory that this thread keeps. Its next tensor of the same name overwrites it."""
     size = dtype.itemsize
     for side in shape:
         size *= side
@@ -92,13 +92,13 @@ class _Tiles:
         ]
 
     def pad(self, x: Tensor, before: int) -> Tensor:
-        """``x`` ``[B, C, H, W]`` as ``[B, rows, columns, C]`` with zeros up to whole tiles, ``before`` in front."""
+        """``x`` ``[B, C, H, W]`` as ``[B, rows, columns, C]``, zero-padded to whole tiles, with ``before`` in front."""
         behind = [
             self.m * count - side + before
             for count, side in zip((self.columns, self.rows), x.shape[:1:-1], strict=True)
         ]
         x = F.pad(x.permute(0, 2, 3, 1), (0, 0, before, behind[0], before, behind[1]))
-        return x.contiguous()  # where nothing was missing it is as it came
+        return x.contiguous()  # F.pad returns its input if there is nothing to pad
 
     def read(self, padded: Tensor, group: tuple[slice, slice], side: int, name: str) -> Tensor:
         """The ``side`` x ``side`` pixels of each tile of a group: ``[side^2, tiles * C]``, in a workspace."""
@@ -113,7 +113,7 @@ class _Tiles:
         return _workspace(name, *tiles.shape, dtype=padded.dtype).copy_(tiles).view(side * side, -1)
 
     def write(self, tiles: Tensor, out: Tensor, group: tuple[slice, slice], bias: Tensor | None) -> None:
-        """``tiles`` ``[m^2, tiles * C]`` of a group into ``out`` ``[B, C, H, W]``, plus ``bias``."""
+        """Writes a group's ``tiles`` ``[m^2, tiles * C]``, plus ``bias``, into ``out`` ``[B, C, H, W]``."""
         images, rows = group
         m, C = self.m, out.shape[1]
         count = (images.stop - images.start, rows.stop - rows.start)
@@ -128,7 +128,7 @@ class _Tiles:
 
 
 def convolve(x: Tensor, transformed: Tensor, m: int, bias: Tensor | None = None) -> Tensor:
-    """``conv2d(x, weight, bias, padding=1)`` of ``x`` ``[B, I, H, W]``; ``transformed``: :func:`transform_weight`.
+    """``conv2d(x, weight, bias, padding=1)`` of ``x`` ``[B, I, H, W]``, with the weight of :func:`transform_weight`.
 
     Returns ``[B, O, H, W]``, channels_last.
     """

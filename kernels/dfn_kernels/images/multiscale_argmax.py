@@ -2,7 +2,7 @@
 
 Takes any number of score maps ``[B, K, h_i, w_i]`` of different sizes and dtypes, some of them of mirrored images, and
 a full size ``(H, W)``. Each map is resized (bilinear, ``align_corners=True``), mirrored back if it was mirrored, and
-softmaxed over ``K``. Probabilities are summed in the order given; of equal sums the lower class wins. One launch, no
+softmaxed over ``K``. Probabilities are summed in the order given; if sums tie, the lower class wins. One launch, no
 full-size tensor but the labels, no gradient. Maps whose classes are innermost are read in place, others are copied to
 channels_last first.
 """
@@ -38,8 +38,8 @@ def multiscale_argmax_ref(
 
 @triton.jit
 def _pick(numbers, i):
-    """``numbers[i]``, int64, for an ``i`` that is known at run time only: a loop over maps in place of a copy of the
-    code for each, which takes minutes to compile and all registers."""
+    """``numbers[i]``, int64, for an ``i`` known only at run time. It allows a loop over maps: a copy of the code for
+    each map would take minutes to compile and all registers."""
     number = tl.cast(numbers[0], tl.int64)
     for j in tl.static_range(1, len(numbers)):
         number = tl.where(i == j, tl.cast(numbers[j], tl.int64), number)
@@ -113,13 +113,13 @@ def _multiscale_argmax_kernel(
     total = tl.where(classes, total, -1.0)
     best = tl.max(total, axis=0)
     label = tl.min(tl.where(total == best[None, :], k, CLASSES), axis=0)
-    label = tl.where(label < K, label, 0)  # no class is the best where a score is nan
+    label = tl.where(label < K, label, 0)  # if a score is nan, no class is the best
     tl.store(labels_ptr + pixel, label.to(tl.uint8), mask=inside)
 
 
 def _opaque(number: int) -> int:
-    """An odd number above 1 for any other: Triton compiles anew for integers that are 1 or multiples of 16, in
-    tuples without a way to decline, and sizes must not do that."""
+    """Maps a number to an odd one above 1. Triton recompiles for integers that are 1 or multiples of 16. In tuples that
+    cannot be turned off, and sizes must not cause it."""
     return 2 * number + 3
 
 
@@ -127,7 +127,7 @@ def _launch(
     logits: Sequence[Tensor], height: int, width: int, flipped: Sequence[bool], labels: Tensor, scores: Tensor | None
 ) -> None:
     B, K = logits[0].shape[:2]
-    # [B h w, K], without a copy where it can be: pixels one after the other, at any distance.
+    # [B h w, K], without a copy if the pixels are evenly spaced.
     maps = [x.permute(0, 2, 3, 1).reshape(-1, K) for x in logits]
     maps = [x if x.stride(1) == 1 else x.contiguous() for x in maps]
     dtypes = list(dict.fromkeys(x.dtype for x in maps))
@@ -170,12 +170,12 @@ def _resized_rows(x: Tensor, begin: int, end: int, height: int, width: int, dtyp
     below = (position - top * last).to(dtype) / last
     row = torch.arange(first, stop, device=x.device)
     weight = torch.where(row == top, 1 - below, 0) + torch.where(row == (top + 1).clamp(max=last_row), below, 0)
-    with torch.autocast(x.device.type, enabled=False):  # it would take the product to half precision
+    with torch.autocast(x.device.type, enabled=False):  # it would run the product in half precision
         return weight @ x
 
 
 def _shrunk(x: Tensor, height: int, width: int, dtype: torch.dtype) -> Tensor:
-    """``x`` with no more rows and columns than the image: smaller than it was, so it may be resized whole."""
+    """``x`` shrunk to at most the image's rows and columns. The result is no larger than ``x``, so resize it whole."""
     size = min(x.shape[2], height), min(x.shape[3], width)
     return x if x.shape[2:] == size else F.interpolate(x.to(dtype), size=size, mode="bilinear", align_corners=True)
 
@@ -183,7 +183,7 @@ def _shrunk(x: Tensor, height: int, width: int, dtype: torch.dtype) -> Tensor:
 def _run_torch(
     logits: Sequence[Tensor], height: int, width: int, flipped: Sequence[bool], labels: Tensor, scores: Tensor | None
 ) -> None:
-    """Plain PyTorch, a block of rows after the other: no full-size map of ``K`` classes but ``scores``."""
+    """Plain PyTorch, one block of rows at a time: no full-size map of ``K`` classes but ``scores``."""
     dtype = _score_dtype(logits)
     B, K = logits[0].shape[:2]
     step = max(CPU_CHUNK // (K * width), 1)

@@ -40,7 +40,7 @@ def resize_normalize_ref(
 
 @triton.jit
 def _half_pixel(j, small, full, ACC: tl.constexpr):
-    """Index, next index and the next one's weight of the pixel of ``small`` under pixel ``j`` of ``full``."""
+    """Index, next index and the next one's weight, in ``small``, of pixel ``j`` of ``full``."""
     position = tl.maximum((2 * j + 1) * small - full, 0).to(tl.uint32)
     step = tl.cast(2 * full, tl.uint32)  # not .to(): a size of 1 is a constant of the kernel
     index = position // step
@@ -78,12 +78,12 @@ def _resize_normalize_kernel(
     left, right, beyond = _half_pixel(column, in_width, width, ACC)
     left *= 3
     right *= 3
-    element = tl.arange(0, 4 * PIXELS)  # of the stream; the last quarter is there because sizes are powers of two
+    element = tl.arange(0, 4 * PIXELS)  # of the stream; the last quarter is padding, as sizes are powers of two
     inside = (element < 3 * PIXELS) & (element < (width - start) * 3)
     place = tl.where(element < 3 * PIXELS, element // 3 * 4 + element % 3, 0)
 
     for i in tl.static_range(ROWS):
-        row = tl.minimum(first_row + i, height - 1)  # the last row again where there are no more: no branch
+        row = tl.minimum(first_row + i, height - 1)  # past the end, repeat the last row rather than branch
         top, bottom, below = _half_pixel(row, in_height, height, ACC)
         upper = images_ptr + (image * in_height + top) * in_width * 3
         lower = images_ptr + (image * in_height + bottom) * in_width * 3
@@ -115,7 +115,7 @@ def _half_pixels(small: int, full: int, dtype: torch.dtype, device: torch.device
 
 
 def _run_torch(images: Tensor, out: Tensor, scale: Sequence[float], shift: Sequence[float]) -> None:
-    """Plain PyTorch, one block of rows (of several small images) after the other.
+    """Plain PyTorch, one block of rows (of several small images) at a time.
 
     Three channels are too few for a vectorised inner loop, so a row is one vector of ``3 w`` numbers.
     """
@@ -181,7 +181,7 @@ def resize_normalize(
 ) -> Tensor:
     """``(resize(images) / 255 - mean) / std``, the network's input, in one pass.
 
-    ``images``: uint8 RGB ``[B, H, W, 3]``, any strides (others than contiguous are copied). ``size``: ``(h, w)`` of
+    ``images``: uint8 RGB ``[B, H, W, 3]``, any strides (copied unless contiguous). ``size``: ``(h, w)`` of
     the output. The resize is that of ``cv2.resize`` with ``INTER_LINEAR`` on float input: half-pixel centres, edges
     clamped, no antialiasing; an unchanged size changes no pixel. ``mean``, ``std``: three numbers each, in units of
     0 .. 1 (ImageNet's are 0.485, 0.456, 0.406 and 0.229, 0.224, 0.225). ``dtype``: of the output, float32, bfloat16,

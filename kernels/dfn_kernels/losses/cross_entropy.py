@@ -127,16 +127,16 @@ def upsample_cross_entropy(
     with ``gamma > 0`` eq. 4 over K classes: ``-w_y (1 - p_y)^gamma log(p_y)``.
 
     ``logits``: ``[B, K, h, w]``, K from 2 to 256, channels_last (another layout is converted). ``labels``:
-    ``[B, H, W]``, uint8, int32 or int64, in 0 ... K - 1; pixels of ``ignore_index`` do not count. Another value
-    does not count either, and is a ValueError that names it under ``DFN_KERNELS_DEBUG=1``. ``class_weight``: ``[K]``,
-    a constant.
+    ``[B, H, W]``, uint8, int32 or int64, in 0 ... K - 1; pixels of ``ignore_index`` do not count. Any other
+    value does not count either; under ``DFN_KERNELS_DEBUG=1`` it raises a ValueError that names it.
+    ``class_weight``: ``[K]``, a constant.
     ``reduction``: ``"mean"`` over the valid pixels, with ``class_weight`` divided by the sum of their weights as
     ``torch.nn.functional.cross_entropy`` does; ``"sum"``; ``"none"``, per pixel ``[B, H, W]``, 0 where ignored.
     A batch without a valid pixel gives 0 and zero gradients.
 
     Returns float32 (float64 for float64 logits) whatever autocast says; the gradient has the logits' dtype and is
-    channels_last. It is computed on the way, so call under ``torch.no_grad()`` where only the loss is wanted. There are
-    no second derivatives. Raises ValueError for wrong shapes, dtypes, devices and settings.
+    channels_last. It is computed in the forward pass: call under ``torch.no_grad()`` if you need only the loss. There
+    are no second derivatives. Raises ValueError for wrong shapes, dtypes, devices and settings.
     """
     shared.check(OPERATOR, logits, labels, (logits.shape[0], None, None), reduction)
     K = logits.shape[1]

@@ -112,14 +112,14 @@ def upsample_focal_loss(
     target is 1 and ``1 - alpha`` where it is 0. Finite for every finite logit, in half precision too.
 
     ``logits``: ``[B, C, h, w]``, C up to 256, channels_last (another layout is converted). ``targets``: ``[B, H, W]``
-    for one channel or ``[B, C, H, W]``, uint8, int32 or int64, in {0, 1}; ``ignore_index`` does not count. Another
-    value does not count either, and is a ValueError that names it under ``DFN_KERNELS_DEBUG=1``.
-    ``reduction``: ``"mean"`` over the valid targets, 0 with zero gradients where there is none; ``"sum"``; ``"none"``,
+    for one channel or ``[B, C, H, W]``, uint8, int32 or int64, in {0, 1}; ``ignore_index`` does not count. Any other
+    value does not count either; under ``DFN_KERNELS_DEBUG=1`` it raises a ValueError that names it.
+    ``reduction``: ``"mean"`` over the valid targets, 0 with zero gradients if there is none; ``"sum"``; ``"none"``,
     shaped like targets, 0 where ignored.
 
     Returns float32 (float64 for float64 logits) whatever autocast says; the gradient has the logits' dtype and is
-    channels_last. It is computed on the way, so call under ``torch.no_grad()`` where only the loss is wanted. There are
-    no second derivatives. Raises ValueError for wrong shapes, dtypes, devices and settings.
+    channels_last. It is computed in the forward pass: call under ``torch.no_grad()`` if you need only the loss. There
+    are no second derivatives. Raises ValueError for wrong shapes, dtypes, devices and settings.
     """
     B, C = logits.shape[:2] if logits.ndim == 4 else (None, None)
     shape = (B, None, None) if C == 1 and targets.ndim == 3 else (B, C, None, None)

@@ -1,7 +1,7 @@
 """Bilinear resizing with ``align_corners=True`` by chunks of rows, and its gradient, in plain PyTorch.
 
-Row by row, ``[rows, C, columns]``, a resize is a matrix product along each axis and its gradient the same two
-transposed. Almost all numbers of those matrices are zeros, so they are cut into pieces along the diagonal.
+On ``[rows, C, columns]`` a resize is a matrix product along each axis, and its gradient is the same two transposed.
+Almost all elements of these matrices are zeros, so they are cut into pieces along the diagonal.
 """
 
 from functools import lru_cache
@@ -23,7 +23,7 @@ class _Piece(NamedTuple):
 
 @lru_cache(maxsize=64)
 def _pieces(small: int, full: int, longest: int, dtype: torch.dtype, device: torch.device) -> list[_Piece]:
-    """Some 32 small pixels each, exact by integers; at most ``longest`` pixels."""
+    """Pieces of some 32 small pixels and at most ``longest`` pixels, with positions exact in integers."""
     pieces = []
     last = max(full - 1, 1)
     length = min(max(32 * full // small, 16), longest)
@@ -70,7 +70,7 @@ class RowResize:
         return resized.view(-1, image.shape[1], self.W)
 
     def add_backward(self, d_image: Tensor, d_resized: Tensor, chunk: list[_Piece]) -> None:
-        """Adds to ``d_image`` ``[h, C, w]`` what comes from the gradient of a chunk's rows."""
+        """Adds to ``d_image`` ``[h, C, w]`` the share of a chunk's rows."""
         here = self.rows(chunk)
         if self.same:
             d_image[here] += d_resized

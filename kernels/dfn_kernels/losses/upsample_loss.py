@@ -1,4 +1,4 @@
-"""What the fused losses share: checks, the CPU path, and the operator of their backward pass.
+"""Shared by the fused losses: checks, the CPU path, and the operator of the backward pass.
 
 A loss of resized logits is computed together with its gradient, by its formula and not by autograd. Forward gives the
 loss, the gradient's unscaled sums (in float32 or better, so that a mean over many pixels cannot underflow a half) and
@@ -24,7 +24,7 @@ PER_PIXEL = 12  # of them, besides the resized logits
 
 
 class Rule(NamedTuple):
-    """What a pixel costs: softmax loss, or sigmoid focal loss with its alpha; gamma as in eq. 4."""
+    """The loss of a pixel: softmax, or sigmoid focal with its alpha; gamma as in eq. 4."""
 
     sigmoid: bool
     alpha: float
@@ -33,14 +33,14 @@ class Rule(NamedTuple):
 
     @property
     def classes(self) -> int | None:
-        """Values that a label may have, where they do not depend on the logits."""
+        """The number of values that a label may have; None if it depends on the logits."""
         return 2 if self.sigmoid else None
 
 
-# Loss of a chunk of pixels and, where wanted, the gradient for its logits, which may be overwritten: logits
-# [rows, K, columns]; labels and weight [rows, 1, columns], or [rows, K, columns] where each class has its own.
-# Contiguous. Labels are classes, int64 for the softmax and else of the logits' dtype; where one does not count, it and
-# its weight are 0.
+# Loss of a chunk of pixels and, if needed, the gradient for its logits, which may be overwritten. Logits are
+# [rows, K, columns]; labels and weight [rows, 1, columns], or [rows, K, columns] if each class has its own. All are
+# contiguous. Labels are classes, int64 for the softmax, otherwise in the logits' dtype. If a label does not count, it
+# and its weight are 0.
 ChunkLoss = Callable[[Tensor, Tensor, Tensor, Rule, bool], tuple[Tensor, Tensor | None]]
 
 
@@ -177,7 +177,7 @@ def _forward_by_chunks(
 def _counts(labels: Tensor, classes: int, ignore_index: int, signed: bool) -> Tensor:
     """1 where a label, an integer in a float's dtype, is a class that counts, else 0.
 
-    By arithmetic, for comparisons of bytes, and choices by their results, take three times as long.
+    Computed by arithmetic: comparing bytes, and selecting by the result, takes three times as long.
     """
     counts = (classes - labels).clamp_(0, 1)
     if signed:
@@ -196,7 +196,7 @@ def _by_row(x: Tensor) -> Tensor:
 def backward(
     d_loss: Tensor, gradient: Tensor, scale: Tensor, shape: list[int], dtype: torch.dtype, sigmoid: bool
 ) -> Tensor:
-    """d_logits of ``shape`` in ``dtype``, channels_last, from what :func:`forward` left."""
+    """d_logits of ``shape`` in ``dtype``, channels_last, from the sums of :func:`forward`."""
     if gradient.ndim == 1:
         raise RuntimeError("the loss was computed with need_grad=False: it has no gradient")
     if gradient.ndim != 4:  # rows of sums of the kernels' programs
@@ -214,7 +214,7 @@ def _(d_loss, gradient, scale, shape, dtype, sigmoid):
 
 
 def setup_context(ctx: Any, sigmoid: bool, output: tuple[Tensor, ...], reduction: str, *inputs: Tensor | None) -> None:
-    """Keeps what :func:`d_logits` needs; ``inputs``, logits first, are needed where each pixel has a gradient."""
+    """Saves the tensors of :func:`d_logits`: ``inputs``, logits first, only if each pixel has a gradient."""
     ctx.reduction, ctx.like = reduction, (list(inputs[0].shape), inputs[0].dtype, sigmoid)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])

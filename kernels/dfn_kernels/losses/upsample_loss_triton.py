@@ -22,7 +22,7 @@ from dfn_kernels.common.triton_or_stub import tl, triton
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 PADDING = tl.constexpr(16)  # rows of the gradient begin at multiples of this, so that they can be read in wide accesses
-LOWEST = tl.constexpr(-1e38)  # of a class that is not there; finite, so that it can be interpolated
+LOWEST = tl.constexpr(-1e38)  # logit of an absent class; finite, so that it can be interpolated
 
 
 @triton.jit
@@ -42,9 +42,9 @@ def _sum_all(x):
 
 @triton.jit
 def _load_logits(ptr, mask, ACC: tl.constexpr, SIGMOID: tl.constexpr):
-    """Logits of small pixels. For the softmax less each pixel's largest: an offset that all classes share changes
-    nothing, and what is taken off before the resize costs no digits in it."""
-    # As a vector: loaded as they are shaped, the contiguous classes may be spread over the lanes of a warp (Triton 3.6
+    """Loads logits of small pixels. For the softmax, subtracts each pixel's largest: an offset that all classes share
+    changes nothing, and without it the resize loses no digits."""
+    # As a vector: loaded in their own shape, the contiguous classes may be spread over the lanes of a warp (Triton 3.6
     # does so), and then every thread computes the pixels of eight columns.
     flat = tl.load(tl.ravel(ptr), mask=tl.ravel(tl.broadcast_to(mask, ptr.shape)), other=0.0)
     x = tl.reshape(flat, ptr.shape).to(ACC)
@@ -90,7 +90,7 @@ def _sigmoid_loss(z, positive, weight, ALPHA: tl.constexpr, GAMMA: tl.constexpr)
     small = tl.exp(-tl.abs(z))
     more = 1 + small
     p, q = tl.where(z >= 0, 1.0, small) / more, tl.where(z >= 0, small, 1.0) / more  # p_t and 1 - p_t
-    # log(1 + small) to the last digit: what rounding took from 1 + small is given back by the ratio.
+    # log(1 + small) to the last digit: the ratio restores what rounding took from 1 + small.
     log1p = tl.where(more > 1, tl.log(more) * (small / tl.where(more > 1, more - 1, 1.0)), small)
     nll = tl.maximum(-z, 0.0) + log1p
     power = tl.where(positive, weight * ALPHA, weight * (1 - ALPHA))  # alpha in the weight's dtype, not float32
@@ -106,7 +106,7 @@ def _pixel_loss(
 ):  # fmt: skip
     """Loss and weight of one pixel of each cell, ``[1, COLUMNS, LANES]``, and the gradient for its logits ``z``.
 
-    ``pixel``: offset of its label, per class where each has one of its own (SIGMOID).
+    ``pixel``: offset of its label, per class if each has its own (SIGMOID).
     """
     mask = inside & (k < K) if SIGMOID else inside
     label = tl.load(labels_ptr + pixel, mask=mask, other=0)
@@ -143,7 +143,7 @@ def _store_row(row_ptr, left, right, s, k, K, pitch, COLUMNS: tl.constexpr):
     tl.store(row_ptr + padding, tl.zeros([PADDING], left.dtype), mask=padding < pitch)
 
 
-# Sizes change from batch to batch, and what they multiply is added up once a row: nothing to gain by specialising.
+# Sizes change from batch to batch, and their products are added up only once a row: specialising gains nothing.
 @triton.jit(do_not_specialize=["K", "h", "w", "H", "W", "stride_b", "stride_row", "stride_column", "pitch", "ignore"])
 def _loss_kernel(
     logits_ptr, labels_ptr, class_weight_ptr, pixel_weight_ptr, pixel_loss_ptr, sums_ptr, gradient_ptr,
@@ -151,7 +151,7 @@ def _loss_kernel(
     SIGMOID: tl.constexpr, ALPHA: tl.constexpr, GAMMA: tl.constexpr, ACC: tl.constexpr,
     REGISTERS: tl.constexpr, COLUMNS: tl.constexpr, LANES: tl.constexpr, BANDS: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """One program's sums of loss and weight and, where wanted, per-pixel losses and rows of the gradient."""
+    """One program's sums of loss and weight and, if needed, per-pixel losses and rows of the gradient."""
     program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     tiles, segments = tl.cdiv(w, COLUMNS), tl.cdiv(h, BANDS)
     tile, split = program % tiles, program // tiles % SPLITS
@@ -219,7 +219,7 @@ def _loss_kernel(
 
 @triton.jit
 def _total_kernel(sums_ptr, loss_ptr, scale_ptr, programs, MEAN: tl.constexpr, BLOCK: tl.constexpr):
-    """The loss from the programs' sums, added in a fixed order, and what the gradient is to be multiplied by."""
+    """The loss from the programs' sums, added in a fixed order, and the factor for the gradient."""
     loss, weight = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
     for start in range(0, programs, BLOCK):
         offsets = start + tl.arange(0, BLOCK)
@@ -262,7 +262,7 @@ def _collect_kernel(
 
 
 def gradient_shape(logits: Tensor, height: int, sigmoid: bool) -> tuple[int, ...]:
-    """Of the rows of sums that the programs write: see the module's docstring."""
+    """The shape of the rows of sums that the programs write: see the module's docstring."""
     B, K, h, w = logits.shape
     tile, (bands, splits) = tuning.loss_tile(K, w, sigmoid), tuning.loss_bands(h, height)
     pitch = -(-(tile.columns + 1) * K // PADDING.value) * PADDING.value
@@ -282,7 +282,7 @@ def launch_fwd(
     reduction: str,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, the gradient's rows of sums (empty unless needed) and the factor that they still lack."""
+    """The loss, the gradient's rows of sums (empty unless needed) and the factor still to be applied to them."""
     K, h, w = logits.shape[1:]
     H, W = labels.shape[-2:]
     if K > 1 and logits.stride(1) != 1:
@@ -310,7 +310,7 @@ def launch_fwd(
 def launch_bwd(
     d_loss: Tensor, gradient: Tensor, scale: Tensor, shape: list[int], dtype: torch.dtype, sigmoid: bool
 ) -> Tensor:
-    """d_logits of ``shape`` (B, K, h, w) from what :func:`launch_fwd` left."""
+    """d_logits of ``shape`` (B, K, h, w) from the sums of :func:`launch_fwd`."""
     B, K, h, w = shape
     segments, splits, tiles, bands, pitch = gradient.shape[1:]
     columns = tuning.loss_tile(K, w, sigmoid).columns
@@ -339,7 +339,7 @@ def loss_case(
     classes: int, sigmoid: bool, gamma: float, *, small: int = 128, factor: int = 4, logits: str = "*fp32",
     labels: str = "*u8", absent: tuple[str, ...] = POINTERS[2:5], note: str = "",
 ) -> CompileCase:  # fmt: skip
-    """The loss of ``classes`` at one size; ``absent`` are the operands that this call has not."""
+    """The loss of ``classes`` at one size; ``absent`` names the operands that this call does not have."""
     tile, bands = tuning.loss_tile(classes, small, sigmoid), tuning.loss_bands(small, factor * small)
     types = {**dict.fromkeys(POINTERS, "*fp32"), "logits_ptr": logits, "labels_ptr": labels}
     signature = {name: kind for name, kind in types.items() if name not in absent} | dict.fromkeys(SIZES, "i32")
