@@ -1,4 +1,4 @@
-"""Small data sets on disk, written with Pillow alone."""
+"""Small data sets on disk, written with Pillow only."""
 
 from collections.abc import Callable
 from pathlib import Path

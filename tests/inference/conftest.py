@@ -1,4 +1,4 @@
-"""A small network and pictures for the tests of predictions."""
+"""A small network and test pictures for the inference tests."""
 
 import numpy as np
 import pytest

@@ -11,7 +11,7 @@ from support.parity import DEVICE
 
 @pytest.fixture(scope="session", autouse=True)
 def quick_interpreter() -> Iterator[None]:
-    """Takes less than half of the interpreter's time, with the same results."""
+    """Runs the interpreter in less than half the time, with the same results."""
     with pytest.MonkeyPatch.context() as patch:
         if DEVICE == "cpu" and MISSING is None:
             skip_needless_work(patch)
@@ -27,5 +27,5 @@ def backend(request, monkeypatch) -> str:
 
 @pytest.fixture
 def triton_backend(monkeypatch) -> None:
-    """The Triton kernels alone, for tests of what only they promise."""
+    """Forces the Triton kernels, for tests of what only they promise."""
     monkeypatch.setenv("DFN_KERNELS", "triton")

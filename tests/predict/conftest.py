@@ -1,4 +1,4 @@
-"""Checkpoints to predict with, and an empty current folder for each test."""
+"""Checkpoints to predict with, and an empty working directory for each test."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from support.tiny_resnet import tiny_backbones
 
 @pytest.fixture(scope="module", autouse=True)
 def tiny():
-    """Loading a checkpoint builds a tiny backbone."""
+    """Makes loading a checkpoint build a tiny backbone."""
     with tiny_backbones():
         yield
 
@@ -21,7 +21,7 @@ def model():
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """An empty current folder."""
+    """An empty folder as the working directory."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -34,13 +34,13 @@ def saved(model, tmp_path_factory):
 
 @pytest.fixture
 def checkpoint(saved, here):
-    """That checkpoint as an argument, in an empty current folder."""
+    """That checkpoint as an argument, in an empty working directory."""
     return str(saved)
 
 
 @pytest.fixture
 def bare(here):
-    """``bare(num_classes)`` writes bare weights, as an argument."""
+    """``bare(num_classes)`` writes bare weights and returns their path as an argument."""
 
     def write(num_classes, border=True):
         torch.save(small_network(num_classes, border).state_dict(), "bare.pth")

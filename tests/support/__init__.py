@@ -1,1 +1,1 @@
-"""Helpers of the tests: networks, runs, problems; and scripts that tests start as processes of their own."""
+"""Helpers of the tests: networks, runs and problems, and scripts that tests start as separate processes."""

@@ -1,5 +1,5 @@
-"""The addresses that one program of a kernel uses, without the memory that they point to: tensors past 2^31 elements
-need none. Runs in Triton's interpreter, with 32-bit arithmetic that wraps as it does on a GPU."""
+"""Finds the addresses that one program of a kernel uses. No memory is allocated, even for tensors of more than 2^31
+elements. Runs in Triton's interpreter, whose 32-bit arithmetic wraps as it does on a GPU."""
 
 from collections import defaultdict
 from typing import Any
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class _Memory:
-    """Stands in for the interpreter's memory: loads read 0, and every address is kept."""
+    """Stands in for the interpreter's memory: loads return 0, and every address is recorded."""
 
     def __init__(self) -> None:
         self.addresses: list[np.ndarray] = []
@@ -35,7 +35,7 @@ def offsets_of_program(
     monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *_: None)
     monkeypatch.setattr(builder, "set_grid_dim", lambda *dim: setattr(builder, "grid_dim", (programs, 1, 1)))
     monkeypatch.setattr(builder, "set_grid_idx", lambda *idx: setattr(builder, "grid_idx", (program, 0, 0)))
-    # Pointers 2^48 bytes apart, so that an address tells which it belongs to, even when an offset is negative.
+    # Pointers are 2^48 bytes apart, so an address tells which one it belongs to, even if an offset is negative.
     bases = {name: (i + 1) << 48 for i, name in enumerate(pointers)}
     places = {name: _Pointer(dtype, bases[name]) for name, dtype in pointers.items()}
     kernel[(1,)](**places, **arguments)
@@ -47,7 +47,7 @@ def offsets_of_program(
 
 
 class _Pointer:
-    """What the interpreter takes for a tensor: a dtype and an address."""
+    """Passes for a tensor in the interpreter: a dtype and an address."""
 
     def __init__(self, dtype: torch.dtype, address: int):
         self.dtype, self.address = dtype, address

@@ -1,10 +1,10 @@
-"""Broken files for ``test_fuzz.py``. ``mutated(kind, number)`` depends on nothing else, so a case can be made again::
+"""Broken files for ``test_fuzz.py``. ``mutated(kind, number)`` depends only on its arguments: cases are reproducible::
 
     python tests/support/broken_files.py png 1234     one case, with its traceback
-    python tests/support/broken_files.py all 0:100000 many, spread over the kinds; failures are printed, JSON sums up
+    python tests/support/broken_files.py all 0:100000 many, of all kinds: prints failures, then JSON totals
 
-A case ends in success or in a :class:`UserError` whose text names the file and is short. It has ``CASE_SECONDS``; the
-process has ``MEMORY`` bytes more than when it began.
+A case must succeed or raise a :class:`UserError` with a short text that names the file. It may take ``CASE_SECONDS``,
+and the process may use ``MEMORY`` bytes more than when it began.
 """
 
 import faulthandler
@@ -37,14 +37,14 @@ from dfn_fast.media.images import read_image, read_label
 from dfn_fast.network.reference import ReferenceDFN
 from dfn_fast.predict.jobs import listed_sources
 
-CASE_SECONDS = 60  # a machine that does other work may be slow; a hang has no end
+CASE_SECONDS = 60  # generous, as the machine may be busy; a hang never ends
 MEMORY = 1 << 30
-LONGEST_TEXT = 5000  # of an error
+LONGEST_TEXT = 5000  # characters of an error
 EXTREMES = (0, 1, 2, 127, 128, 255, 256, 32767, 65535, 60000, 2**31 - 1, 2**31, 2**32 - 1)
 
 
 class Kind(NamedTuple):
-    """Files of one kind: a broken one from a generator, and what reads it."""
+    """One kind of file: how to make a broken one from a random generator, and how to read it."""
 
     suffix: str
     make: Callable[[np.random.Generator], bytes]
@@ -52,7 +52,7 @@ class Kind(NamedTuple):
 
 
 def mutated(kind: str, number: int) -> bytes:
-    """The file of a case."""
+    """The bytes of a case's file."""
     rng = np.random.default_rng([*kind.encode(), number])
     return KINDS[kind].make(rng)
 
@@ -100,7 +100,7 @@ def maybe_garbled(data: bytes, rng: np.random.Generator, share: float = 0.3) -> 
 
 @cache
 def images(form: str) -> list[bytes]:
-    """Small valid files of one format, of several modes and codings."""
+    """Small valid files of one format, in several modes and encodings."""
     rng = np.random.default_rng(0)
     rgb = Image.fromarray(rng.integers(0, 256, (33, 40, 3), dtype=np.uint8))
     labels = Image.fromarray(rng.integers(0, 5, (33, 40), dtype=np.uint8))
@@ -132,7 +132,7 @@ def images(form: str) -> list[bytes]:
 
 
 def png(rng: np.random.Generator) -> bytes:
-    """Chunks changed, moved and doubled, with the right checksum in most cases: else none would be looked at."""
+    """A PNG with chunks changed, moved or repeated. Most keep a correct checksum, or readers would ignore them."""
     data = pick(rng, images("PNG"))
     if rng.random() < 0.2:
         return garbled(data, rng)
@@ -168,7 +168,7 @@ def png(rng: np.random.Generator) -> bytes:
 
 
 def jpeg(rng: np.random.Generator) -> bytes:
-    """Sizes set to extremes, segments changed, doubled and left out, noise in the entropy-coded part."""
+    """A JPEG with extreme sizes, segments changed, repeated or missing, or noise in the entropy-coded data."""
     data = pick(rng, images("JPEG"))
     if rng.random() < 0.4:
         return garbled(data, rng)
@@ -194,13 +194,13 @@ def jpeg(rng: np.random.Generator) -> bytes:
 
 def other_image(rng: np.random.Generator) -> bytes:
     data = pick(rng, images(pick(rng, ("TIFF", "GIF", "BMP", "WEBP", "PPM"))))
-    if rng.random() < 0.5:  # headers are where the damage is
+    if rng.random() < 0.5:  # damage only the header
         return garbled(data[:64], rng) + data[64:]
     return garbled(data, rng)
 
 
 def read_both(path: Path) -> None:
-    """The file as an image, then as a label: the first error is the case's."""
+    """Reads the file as an image, then as a label. The first error counts."""
     read_image(path)
     read_label(path)
 
@@ -227,7 +227,7 @@ def checkpoints() -> list[bytes]:
 
 
 def checkpoint(rng: np.random.Generator) -> bytes:
-    """Damage anywhere, in the archive's directory, or in its pickle, which is then packed again."""
+    """A checkpoint damaged anywhere, in the archive's directory, or in its pickle, which is then repacked."""
     data = pick(rng, checkpoints())
     place = rng.integers(3)
     if not data.startswith(b"PK") or place == 0:
@@ -250,7 +250,7 @@ def safe_tensors() -> bytes:
 
 
 def safetensors_file(rng: np.random.Generator) -> bytes:
-    """The header as JSON with lying numbers, or damage anywhere."""
+    """A safetensors file with false numbers in its JSON header, or damaged anywhere."""
     data = safe_tensors()
     (length,) = struct.unpack("<Q", data[:8])
     header = data[8 : 8 + length]
@@ -264,7 +264,7 @@ def safetensors_file(rng: np.random.Generator) -> bytes:
     return struct.pack("<Q", length) + header + data[8 + len(header) :]
 
 
-# Values: for JSON, and for what a checkpoint holds besides tensors
+# Values: for JSON, and for the parts of a checkpoint that are not tensors
 
 
 def weird_value(rng: np.random.Generator) -> Any:
@@ -311,7 +311,7 @@ def changed_value(value: Any, rng: np.random.Generator) -> Any:
 
 
 def json_text(value: Any, rng: np.random.Generator) -> bytes:
-    """JSON of a changed value; some of it is no JSON, or nested more deeply than Python's stack."""
+    """JSON of a changed value. Some is not valid JSON, or is nested deeper than Python's stack."""
     for _ in range(rng.integers(1, 3)):
         value = changed_value(value, rng)
     text = json.dumps(value).encode()
@@ -330,7 +330,7 @@ def config(rng: np.random.Generator) -> bytes:
     return json_text(TrainConfig().to_dict(), rng)
 
 
-# Networks: hand-made contents of whole checkpoints
+# Networks: hand-made contents of undamaged checkpoints
 
 
 @cache
@@ -340,8 +340,8 @@ def network_shapes() -> dict[str, tuple[int, ...]]:
 
 
 def network(rng: np.random.Generator) -> bytes:
-    """A checkpoint of ours whose tensors hold one number each, stretched over their shapes by strides of 0, and with
-    wrong settings, names and colours: it is to be refused before a network is built."""
+    """A checkpoint of ours with wrong settings, names and colours. Each tensor holds one number, expanded to its shape
+    by strides of 0. It must be refused before a network is built."""
     state = {name: torch.zeros(()).expand(shape) for name, shape in network_shapes().items()}
     settings = {"num_classes": 4, "backbone": "resnet18", "stem": "deep", "channels": 8, "border_channels": 5}
     content: dict[str, Any] = {
@@ -362,7 +362,7 @@ def network(rng: np.random.Generator) -> bytes:
         shape = tuple(int(pick(rng, (0, 1, 3, 2**14))) for _ in range(rng.integers(5)))
         state[pick(rng, list(state))] = torch.zeros(()).expand(shape)
     if rng.random() < 0.1:
-        content["model"] = content  # it holds itself
+        content["model"] = content  # contains itself
     else:
         content["model"] = {name: pick(rng, (tensor, tensor, tensor, 1)) for name, tensor in state.items()}
     file = io.BytesIO()
@@ -371,7 +371,7 @@ def network(rng: np.random.Generator) -> bytes:
 
 
 def code(rng: np.random.Generator) -> bytes:
-    """A pickle that names functions, some of them harmless, all of them to be refused."""
+    """A pickle that names functions. Some are harmless, but all must be refused."""
     name = pick(
         rng, ("os\nsystem", "builtins\neval", "builtins\nexec", "torch\nload", "torch.hub\nload", "numpy\nload")
     )
@@ -391,7 +391,7 @@ def code(rng: np.random.Generator) -> bytes:
 
 
 def text_lines(lines: list[str], rng: np.random.Generator) -> bytes:
-    """``lines`` with some that are no paths, or paths to where a list must not lead."""
+    """``lines`` with some that are not paths, or that lead where a list must not."""
     strange = [
         "",
         "#",
@@ -444,7 +444,7 @@ def class_list(rng: np.random.Generator) -> bytes:
 
 
 def prepare(folder: Path) -> None:
-    """The files that the lists name."""
+    """Writes the files that the lists name."""
     label, picture = images("PNG")[2], images("JPEG")[0]
     names = ["a.png", "b.png", "my photo.png", "train/c.png", "trainannot/c.png"]
     names += ["SegmentationClass/a.png", "SegmentationClass/b.png"]
@@ -490,17 +490,17 @@ KINDS = {
     "classes": Kind(".txt", class_list, lambda path: build_dataset("list", path.parent, "good", classes=path)),
     "predict": Kind(".txt", image_list, listed_sources),
 }
-SHARES = {"png": 5, "jpeg": 5, "image": 4, "checkpoint": 4, "config": 4, "list": 2, "network": 1}  # of the others: 1
+SHARES = {"png": 5, "jpeg": 5, "image": 4, "checkpoint": 4, "config": 4, "list": 2, "network": 1}  # others: 1
 
 
 def spread(numbers: range) -> list[tuple[str, int]]:
-    """The cases of these numbers: kinds in turn, by their shares."""
+    """The case for each number: kinds take turns, in proportion to their shares."""
     order = [kind for kind in KINDS for _ in range(SHARES.get(kind, 1))]
     return [(order[number % len(order)], number) for number in numbers]
 
 
 def run_case(kind: str, number: int, folder: Path) -> str | None:
-    """Reads the case's file: None where that succeeds, else the text of its :class:`UserError`."""
+    """Reads the case's file. Returns None if that succeeds, otherwise the text of its :class:`UserError`."""
     path = folder / f"case{KINDS[kind].suffix}"
     path.write_bytes(mutated(kind, number))
     try:
@@ -517,7 +517,7 @@ def run_case(kind: str, number: int, folder: Path) -> str | None:
 
 
 def limit_memory() -> None:
-    """No more than ``MEMORY`` from here on; Linux counts what is reserved."""
+    """Allows at most ``MEMORY`` more bytes from here on. Linux counts reserved address space."""
     if sys.platform == "linux":
         import resource
 
@@ -533,7 +533,7 @@ def peak_memory() -> int:
 
 
 def main(kind: str, numbers: str) -> int:
-    """Runs the cases; prints each failure as it comes, and the counts by kind as JSON at last."""
+    """Runs the cases. Prints each failure when it occurs, and finally the counts by kind as JSON."""
     first, _, end = numbers.partition(":")
     selected = range(int(first), int(end or int(first) + 1))
     cases = spread(selected) if kind == "all" else [(kind, number) for number in selected]
@@ -543,12 +543,12 @@ def main(kind: str, numbers: str) -> int:
         folder = Path(name)
         prepare(folder)
         (folder / "good.txt").write_text("a.png\tb.png\n")
-        for kind in KINDS:  # so that what they import and keep is there before memory is counted
+        for kind in KINDS:  # imports and caches are filled before memory is counted
             with_errors_ignored(run_case, kind, 0, folder)
         limit_memory()
         before = peak_memory()
         for kind, number in cases:
-            sys.stdout.write(f"{kind} {number}\n")  # of a crash or hang, the last line names the case
+            sys.stdout.write(f"{kind} {number}\n")  # after a crash or hang, the last line names the case
             sys.stdout.flush()
             faulthandler.dump_traceback_later(CASE_SECONDS, exit=True)
             try:

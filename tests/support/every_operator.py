@@ -1,6 +1,6 @@
-"""Each operator with small inputs, its definition, and what they give: for tests of what holds for all of them.
+"""Each operator with small inputs, its definition, and the results of both, for tests that cover all operators.
 
-Run as a script, in a process that may lack Triton, it prints a report as JSON.
+As a script, in a process that may lack Triton, it prints a report as JSON.
 """
 
 import json
@@ -25,16 +25,16 @@ from dfn_kernels.losses.focal_loss import upsample_focal_loss_ref
 
 
 class Problem(NamedTuple):
-    """An operator and its definition as functions of the same tensors; gradients are taken for ``differentiable``."""
+    """An operator and its definition as functions of the same tensors."""
 
     operator: Callable[..., Any]
     definition: Callable[..., Any]
     inputs: tuple[Tensor, ...]
-    differentiable: int  # so many of the inputs, from the first
+    differentiable: int  # how many inputs, from the first, get a gradient
 
 
 class Sizes(NamedTuple):
-    """Of all problems: images, channels or classes, the full size and the small one."""
+    """Sizes shared by all problems: images, channels or classes, the full size and the small one."""
 
     B: int = 2
     K: int = 3
@@ -48,8 +48,8 @@ USUAL = Sizes()
 
 
 def results(fn: Callable[..., Any], problem: Problem, d_out: Tensor | None = None) -> list[Tensor]:
-    """fn's outputs and, where there are gradients, those of a function of the first output, a random one by default.
-    Inputs are used as they lie in memory."""
+    """fn's outputs, then the gradients of its differentiable inputs if it has any. ``d_out`` is the gradient of the
+    first output, random by default. Inputs keep their memory layout."""
     inputs = [x.detach().requires_grad_(i < problem.differentiable) for i, x in enumerate(problem.inputs)]
     out = fn(*inputs)
     out = list(out) if isinstance(out, tuple) else [out]
@@ -60,13 +60,13 @@ def results(fn: Callable[..., Any], problem: Problem, d_out: Tensor | None = Non
 
 
 def random_gradient(out: Tensor) -> Tensor:
-    """Of that shape and dtype; the same numbers, rounded, in every dtype and on every device."""
+    """A random gradient like ``out``: the same numbers, rounded, in every dtype and on every device."""
     generator = torch.Generator().manual_seed(1)
     return torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.device, out.dtype)
 
 
 def problems(sizes: Sizes = USUAL, dtype: torch.dtype = torch.float64, device: str = "cpu") -> dict[str, Problem]:
-    """By name, those with Triton kernels; in float64 equal means equal to many digits."""
+    """The operators with Triton kernels, by name. In float64, results can be compared to many digits."""
     generator = torch.Generator().manual_seed(0)
     B, K, H, W, h, w = sizes
 
@@ -111,7 +111,7 @@ def problems(sizes: Sizes = USUAL, dtype: torch.dtype = torch.float64, device: s
 
 
 def convolutions(sizes: Sizes = USUAL, dtype: torch.dtype = torch.float64, device: str = "cpu") -> dict[str, Problem]:
-    """The operators that are PyTorch's own convolutions, or cuDNN's, oneDNN's and Winograd's."""
+    """The convolution operators: PyTorch's own, cuDNN's, oneDNN's or Winograd's."""
     generator = torch.Generator().manual_seed(0)
     B, K, H, W, _, outputs = sizes
 
@@ -132,14 +132,14 @@ def convolutions(sizes: Sizes = USUAL, dtype: torch.dtype = torch.float64, devic
 
 
 def differences(problem: Problem) -> list[float]:
-    """The largest difference between operator and definition, of each output and gradient."""
+    """The largest difference between operator and definition, for each output and gradient."""
     pairs = zip(results(problem.operator, problem), results(problem.definition, problem), strict=True)
     return [(ours.double() - expected.double()).abs().max().item() for ours, expected in pairs]
 
 
 def report() -> dict[str, Any]:
-    """Why Triton is missing, how far each operator is from its definition, and how each fails where it is forced."""
-    import dfn_fast  # noqa: F401  that it can be imported is what is reported
+    """Why Triton is missing, how far each operator is from its definition, and how each fails if Triton is forced."""
+    import dfn_fast  # noqa: F401  checks that it can be imported
 
     found: dict[str, Any] = {"missing": MISSING, "differences": {}, "forced": {}}
     for name, problem in problems().items():

@@ -1,8 +1,8 @@
-"""Calls of a cache of graphs: images, and the comparison with the function itself."""
+"""Calls of a graph cache: images to call it with, and the comparison with the plain function."""
 
 import torch
 
-PLENTY = 2**40  # bytes: no cache of a test is limited
+PLENTY = 2**40  # bytes: enough to leave a cache unlimited
 
 
 def random_images(size, seed, device="cpu"):

@@ -1,4 +1,4 @@
-"""Triton's interpreter without the work whose result it throws away, which is more than half of it."""
+"""Triton's interpreter without the work whose result it discards, which is more than half."""
 
 import functools
 import inspect
@@ -9,18 +9,18 @@ import pytest
 
 
 def skip_needless_work(patch: pytest.MonkeyPatch) -> None:
-    """Leaves out what the interpreter computes and does not use, for as long as ``patch`` holds.
+    """Skips work that the interpreter does and never uses, as long as ``patch`` is active.
 
-    It computes each sum and product of integers again in 64 bits to see an overflow, and then asserts nothing, because
-    only its debug option does. It looks through Triton's language for functions to replace at each call of one kernel
-    function by another, though the launch has replaced them all.
+    It recomputes each integer sum and product in 64 bits to detect overflow, but only its debug option then asserts.
+    When one kernel function calls another, it searches Triton's language for functions to replace, although the launch
+    has already replaced them all.
     """
     from triton.runtime import interpreter
 
     builder, replace_functions, language = interpreter.interpreter_builder, interpreter._patch_builtin, interpreter.tl
     if not builder.options.debug:
         patch.setattr(builder, "options", replace(builder.options, sanitize_overflow=False))
-    first: dict[Any, Any] = {}  # the first function of each module or class, by which one tells whether it is replaced
+    first: dict[Any, Any] = {}  # the first function of each module or class: shows whether it is replaced
 
     @functools.wraps(replace_functions)
     def replace_once(package: Any, *rest: Any) -> None:

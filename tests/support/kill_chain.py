@@ -1,15 +1,14 @@
-"""``python kill_chain.py FOLDER KILLS SEED``: trains, kills with SIGKILL, resumes, until KILLS kills are counted.
+"""``python kill_chain.py FOLDER KILLS SEED``: trains, kills with SIGKILL and resumes until there are KILLS kills.
 
-An undisturbed run goes first. Then chains: a run whose processes are killed one after another, each resuming what the
-one before it left, until one of them gets to the end; it is compared with the undisturbed run. What was killed and what
-was found is printed as JSON.
+An undisturbed run goes first. Chains follow: in a chain, each process resumes the run and is killed, until one reaches
+the end. The result is compared with the undisturbed run. The counts of kills and of what they hit are printed as JSON.
 
-Each process of a run is a fork of this one, which has done all that a process does once: the imports, PyTorch's own
-late ones among them, and oneDNN's kernels. Kills are of three kinds:
+Each process of a run is a fork of this one, which has already done the one-time work: the imports, including PyTorch's
+lazy ones, and oneDNN's kernels. There are three kinds of kill:
 
 - ``time``: after a random time, anywhere in the run;
-- ``file``: as soon as a temporary file is seen in the folder, or a random part of a millisecond later;
-- ``call``: the process kills itself before, after or amidst a random call that writes or names one of its files.
+- ``file``: as soon as a temporary file appears in the folder, or up to 3 ms later;
+- ``call``: the process kills itself during a random write, or before or after a random call such as fsync or replace.
 """
 
 import contextlib
@@ -38,7 +37,7 @@ KINDS = ("time", "file", "call")
 
 
 class SelfKill:
-    """Kills its process at a random one of the next calls that write a file, or before or after one that names it."""
+    """Kills its process during a random write, or before or after a random call such as fsync or replace."""
 
     def __init__(self, rng: random.Random):
         name = rng.choice(["write", "fsync", "replace", "link", "unlink", "chmod"])
@@ -50,7 +49,7 @@ class SelfKill:
             setattr(os, name, self.counted(getattr(os, name)))
 
     def file(self, file):
-        """``file``, with half of a write in it when the process dies."""
+        """``file``, which contains half of a write when the process dies."""
 
         def write(data, plain=file.write):
             half = len(data) // 2
@@ -113,7 +112,7 @@ class Chain:
             log = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(log, 1)
             os.dup2(log, 2)
-            sys.stdout.reconfigure(line_buffering=True)  # what it said must be in the log when it dies
+            sys.stdout.reconfigure(line_buffering=True)  # its output must be in the log when it dies
             if kind == "call":
                 SelfKill(random.Random(seed))
             code = train.main([*SMALL_RUN.split(), "--output-dir", str(self.run.path), *resume])
@@ -124,7 +123,7 @@ class Chain:
             os._exit(code)
 
     def disturbed(self, kind: str, longest: float) -> bool:
-        """Lets a process work until it is killed; False where it came to the end of the run before."""
+        """Lets a process work until it is killed. Returns False if it finished the run first."""
         before = self.leftovers()
         process = self.start(kind)
         kill_at = time.monotonic() + self.rng.uniform(0, longest)
@@ -144,7 +143,7 @@ class Chain:
         return killed
 
     def see_write(self, process: int, from_then: float, before: set[str]) -> float:
-        """The time at which a temporary file is there, at ``from_then`` or later."""
+        """Waits for a temporary file, at ``from_then`` or later, or for the end of the process. Returns the time."""
         while not ended(process):
             if time.monotonic() >= from_then and self.leftovers() - before:
                 break
@@ -154,7 +153,7 @@ class Chain:
         return {path.name for path in self.run.path.glob(".*.tmp")}
 
     def check_after_kill(self) -> None:
-        """Whatever was killed: there is a whole checkpoint, from the moment on at which the run said that it trains."""
+        """Checks that a whole checkpoint exists once the run has said that it trains, and that none is damaged."""
         names = [path for path in (self.run.last, self.run.previous) if path.exists()]
         said_so = self.log.exists() and "training FastDFN" in self.log.read_text()
         assert names or not said_so, "no checkpoint"
@@ -165,7 +164,7 @@ class Chain:
 
 
 def ended(process: int) -> bool:
-    """Whether a child has ended; it is left for ``waitpid``."""
+    """Whether a child has ended. Leaves it for ``waitpid``."""
     return os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
@@ -180,7 +179,7 @@ def compare(run: RunFolder, straight: RunFolder) -> None:
 
 
 def timed_run(chain: Chain) -> float:
-    """Seconds of a run that nothing disturbs."""
+    """How long an undisturbed run takes, in seconds."""
     start = time.monotonic()
     _, status = os.waitpid(chain.start(), 0)
     assert status == 0, chain.log.read_text()
@@ -188,10 +187,10 @@ def timed_run(chain: Chain) -> float:
 
 
 def main(folder: Path, kills: int, seed: int) -> None:
-    torch.set_num_threads(1)  # a fork has none of its parent's threads: there must be none
+    torch.set_num_threads(1)  # a fork loses its parent's threads, so there must be none
     cv2.setNumThreads(0)
     tqdm.monitor_interval = 0
-    tqdm.set_lock(threading.RLock())  # its own is one semaphore for all forks: one that is killed would keep it
+    tqdm.set_lock(threading.RLock())  # its default is a semaphore that forks share: a killed one would keep it
     rng, found = random.Random(seed), Counter()
     straight = Chain(folder / "straight", rng, found)
     with contextlib.redirect_stdout(sys.stderr):

@@ -1,4 +1,4 @@
-"""Where a call moves an activation from one memory layout to another, inside operators too."""
+"""Finds where a call copies an activation from one memory layout to another, even inside operators."""
 
 from collections.abc import Callable
 
@@ -6,9 +6,9 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def layout_changes(fn: Callable[[], object], batch: int) -> list[str]:
-    """The copies in ``fn`` between layouts, of 4-D tensors whose first dimension is ``batch``.
+    """The copies between layouts in ``fn``, for 4-D tensors whose first dimension is ``batch``.
 
-    Every conversion (``contiguous``, ``clone``, ``to``) ends in ``copy_``, whose strides the profiler keeps.
+    Every conversion (``contiguous``, ``clone``, ``to``) ends in ``copy_``, whose strides the profiler records.
     """
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
         fn()
@@ -31,7 +31,7 @@ def layout_changes(fn: Callable[[], object], batch: int) -> list[str]:
 
 
 def order(tensor) -> tuple[int, ...] | None:
-    """The dimensions longer than one from the outermost in memory to the innermost; None where one is broadcast."""
+    """The dimensions longer than 1, from outermost to innermost in memory. None if one is broadcast."""
     dims = [d for d, size in enumerate(tensor.sizes) if size > 1]
     if any(tensor.strides[d] == 0 for d in dims):
         return None

@@ -1,4 +1,4 @@
-"""Memory layouts that an operator must not misread, of its inputs and of its output's gradient."""
+"""Memory layouts of inputs and of output gradients that an operator must read correctly."""
 
 from collections.abc import Callable, Sequence
 
@@ -9,18 +9,18 @@ LAYOUTS = ["contiguous", "channels_last", "sliced", "expanded"]
 
 
 def as_layout(x: Tensor, layout: str) -> Tensor:
-    """x, differentiably, in ``layout``; "expanded" takes the values of its first pixel for all pixels."""
+    """x in ``layout``, differentiably. "expanded" repeats the values of its first pixel for all pixels."""
     if layout == "contiguous":
         return x.contiguous()
     if layout == "channels_last":
         return x.contiguous(memory_format=torch.channels_last)
-    if layout == "sliced":  # every element has a neighbour that is no part of x
+    if layout == "sliced":  # every element has a neighbour that is not part of x
         return torch.stack([x, torch.full_like(x, 1e4)], dim=-1)[..., 0]
     return x[:, :, :1, :1].expand_as(x)
 
 
 class _Gradient(torch.autograd.Function):
-    """The identity, whose gradient comes in another layout."""
+    """The identity, whose gradient arrives in another layout."""
 
     @staticmethod
     def forward(ctx, x, layout):
@@ -33,7 +33,7 @@ class _Gradient(torch.autograd.Function):
 
 
 def with_layouts(fn: Callable[..., Tensor], layouts: Sequence[str], d_out: str) -> Callable[..., Tensor]:
-    """fn, given its first inputs in ``layouts`` and its output's gradient in ``d_out``."""
+    """fn with its first inputs in ``layouts`` and its output's gradient in layout ``d_out``."""
 
     def wrapped(*inputs: Tensor) -> Tensor:
         features = [as_layout(x, layout) for x, layout in zip(inputs, layouts, strict=False)]

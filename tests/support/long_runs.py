@@ -1,5 +1,5 @@
-"""Runs that are long in steps and short in time, in a process of their own. As a script it prints, as JSON, a list of
-:func:`usage` over the run: ``python long_runs.py train FOLDER`` or ``python long_runs.py predict IMAGES``."""
+"""Runs of many steps that take little time, in a separate process. ``python long_runs.py train FOLDER`` and
+``python long_runs.py predict IMAGES`` print a list of :func:`usage` over the run as JSON."""
 
 import gc
 import json
@@ -26,7 +26,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def usage() -> dict[str, int]:
-    """What the process holds, once what is garbage has been collected."""
+    """The resources that the process holds after a garbage collection."""
     gc.collect()
     held = {
         "rss": int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"),
@@ -41,7 +41,7 @@ def usage() -> dict[str, int]:
 
 
 class WatchedRun(Run):
-    """A run that notes its usage where it writes a line of metrics."""
+    """A run that records its usage whenever it writes a line of metrics."""
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
@@ -66,8 +66,8 @@ def write_images(folder: Path, count: int) -> None:
 
 
 def train(folder: Path) -> list[dict[str, int]]:
-    """The loop of a whole run: a loader with a process of its own, metrics, validation and checkpoints. Without oneDNN,
-    which would take half of the time to look up its primitives."""
+    """Trains a whole run, with a loader process, metrics, validation and checkpoints. oneDNN is off, because looking up
+    its primitives would take half of the time."""
     torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
     write_images(folder / "data", 400)
     # fmt: off
@@ -87,14 +87,14 @@ def train(folder: Path) -> list[dict[str, int]]:
 
 
 def predict(count: int) -> list[dict[str, int]]:
-    """Images of as many sizes, through readers, a predictor and writers, as ``dfn_fast.predict`` has them."""
+    """Predicts ``count`` images of different sizes through the pipeline of ``dfn_fast.predict``."""
     with tiny_backbones():
         model = FastDFN(3, backbone="resnet18", stem="conv7", channels=8, border_channels=4)
     model.eval()
     settings = ({}, {"scales": (0.75, 1.25), "flip": True}, {"window": 48})
     predictors = [Predictor(model, device=DEVICE, amp="off", graph_cache_bytes=1 << 24, **s) for s in settings]
     rng = np.random.default_rng(0)
-    sizes = rng.choice(64 * 64, count, replace=False)  # no two alike
+    sizes = rng.choice(64 * 64, count, replace=False)  # all different
     images = [rng.integers(0, 256, (33 + n // 64, 33 + n % 64, 3), np.uint8) for n in sizes.tolist()]
     found, shapes = [], []
 
@@ -112,6 +112,6 @@ def predict(count: int) -> list[dict[str, int]]:
 
 if __name__ == "__main__":
     cv2.setNumThreads(1)
-    gc.freeze()  # what the imports made is neither searched nor counted
+    gc.freeze()  # objects made by the imports are neither searched nor counted
     result = train(Path(sys.argv[2])) if sys.argv[1] == "train" else predict(int(sys.argv[2]))
     print(json.dumps(result))

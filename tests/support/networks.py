@@ -1,4 +1,4 @@
-"""Small networks in float64 with weights as after training, and batches for them: what the tests of both share."""
+"""Small float64 networks with weights as after training, and batches for them, for the tests of both networks."""
 
 import contextlib
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from dfn_fast.network.reference import ReferenceDFN
 
 SMALL = {"backbone": "resnet18", "channels": 16, "border_channels": 6}
 SWITCHES = ("global_context", "channel_attention", "deep_supervision", "border")
-# The paper's tables 2 and 3, row by row; each adds one part.
+# The paper's tables 2 and 3, row by row. Each row adds one part.
 ABLATIONS = {
     "RRB only": dict.fromkeys(SWITCHES, False),
     "+ global pooling": {**dict.fromkeys(SWITCHES, False), "global_context": True},
@@ -22,9 +22,9 @@ ABLATIONS = {
 }
 VARIANTS = [
     ({}, (64, 64)),
-    ({}, (33, 47)),  # no size divides the next
+    ({}, (33, 47)),  # no size is a multiple of the next
     ({"stem": "conv7"}, (65, 40)),
-    ({"backbone": "resnet50"}, (32, 32)),  # the smallest, and bottlenecks
+    ({"backbone": "resnet50"}, (32, 32)),  # the smallest size, with bottlenecks
     *((switches, (40, 48)) for switches in ABLATIONS.values()),
 ]
 VARIANT_NAMES = ["deep", "odd", "conv7", "resnet50", *ABLATIONS]
@@ -33,7 +33,7 @@ WIDTHS = (8, 16, 32, 64)
 
 
 class NarrowResNet(ResNet):
-    """A ResNet an eighth as wide as the published one: the same blocks, names and strides."""
+    """A ResNet with the published blocks, names and strides, but an eighth as wide."""
 
     def __init__(self, depth: str, stem: str, norm_layer: NormLayer):
         nn.Module.__init__(self)
@@ -62,8 +62,8 @@ def narrow_resnet(depth: str, stem: str, norm_layer: NormLayer) -> ResNet:
 
 @contextlib.contextmanager
 def narrow_backbones(resnet18: int = 2) -> Iterator[None]:
-    """Within it, networks are built on narrow backbones, but for ResNet-101 and 152. A stage of ResNet-18 has as many
-    blocks as ``resnet18`` says; compilers take as long as there are operators."""
+    """Networks built in this context have narrow backbones, except for ResNet-101 and 152. ``resnet18`` is the number
+    of blocks in each stage of ResNet-18: fewer operators compile faster."""
     blocks = {"resnet18": (BasicBlock, (resnet18,) * 4)}
     with patch("dfn_fast.network.reference.ResNet", narrow_resnet), patch.dict(LAYERS, blocks):
         yield
@@ -71,7 +71,7 @@ def narrow_backbones(resnet18: int = 2) -> Iterator[None]:
 
 @contextlib.contextmanager
 def published_backbones() -> Iterator[None]:
-    """Within it, and within :func:`narrow_backbones`, networks are built on backbones as wide as published."""
+    """Networks built in this context have the published widths, even inside :func:`narrow_backbones`."""
     with patch("dfn_fast.network.reference.ResNet", ResNet):
         yield
 
@@ -89,7 +89,7 @@ def random_dfn(num_classes: int = 5, network: type[ReferenceDFN] = ReferenceDFN,
 
 
 def batch(size: tuple[int, int], count: int = 2, num_classes: int = 5) -> tuple[Tensor, Tensor, Tensor]:
-    """Random float64 images, labels and border targets; a fifth of the pixels is ignored."""
+    """Random float64 images, labels and border targets; a fifth of the pixels are ignored."""
     torch.manual_seed(1)
     labels = torch.randint(num_classes, (count, *size))
     labels[torch.rand(labels.shape) < 0.2] = 255

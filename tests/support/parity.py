@@ -1,4 +1,4 @@
-"""How an operator is held against its definition: in float64, outputs and every gradient, with an earned tolerance."""
+"""Compares an operator with its definition in float64: outputs and every gradient, with an earned tolerance."""
 
 from collections.abc import Callable, Sequence
 
@@ -27,8 +27,8 @@ def run(fn: Callable, inputs: Sequence[Tensor], d_out: Tensor | None = None) -> 
 
 
 def assert_no_worse_than(ref: Callable, fn: Callable, inputs: Sequence[Tensor], factor: float = 2.0) -> None:
-    """fn's largest error against a float64 run of ref is at most ``factor`` times ref's own at the inputs' dtypes,
-    plus one eps of the largest value. The one tolerance of this project; nothing loosens it."""
+    """Asserts that fn's largest error against a float64 run of ref is at most ``factor`` times ref's own at the inputs'
+    dtypes, plus one eps of the largest value. The one tolerance of this project; nothing loosens it."""
     exact_inputs = [x.double() if x.is_floating_point() else x for x in inputs]
     theirs = run(ref, inputs)
     d_out = random_like(theirs["out"])

@@ -1,4 +1,4 @@
-"""Predictions from their definition: plain loops over scales, windows and mirror images, in NumPy and float64."""
+"""Predictions by definition: plain loops over scales, windows and mirror images, in float64 NumPy."""
 
 import cv2
 import numpy as np
@@ -30,7 +30,7 @@ def random_model():
 
 
 def resized(maps, size):
-    """``[..., h, w]`` -> ``[..., *size]``, bilinear between corners, from the definition."""
+    """``[..., h, w]`` -> ``[..., *size]``, bilinear with aligned corners, from the definition."""
     for axis, length in ((-2, size[0]), (-1, size[1])):
         have = maps.shape[axis]
         matrix = np.zeros((length, have))
@@ -49,7 +49,7 @@ def normalised(image):
 
 
 def small_scores(model, x, heads="smooth_heads"):
-    """The stride-4 scores ``[K, h, w]`` of normalised ``[H, W, 3]``, read off the last head's convolution."""
+    """The stride-4 scores ``[K, h, w]`` of a normalised image ``[H, W, 3]``, from the last head's convolution."""
     kept = []
     hook = getattr(model, heads)[3].conv.register_forward_hook(lambda module, args, output: kept.append(output))
     with torch.no_grad():
@@ -70,7 +70,7 @@ def scaled(image, scale):
 
 
 def starts(length, window, stride):
-    """First positions such that each is one stride on, until the end is covered by one flush with it."""
+    """Where the windows start: every ``stride``, with the last window flush with the end."""
     places = [0]
     while places[-1] + window < length:
         places.append(min(places[-1] + stride, length - window))
@@ -78,5 +78,5 @@ def starts(length, window, stride):
 
 
 def gaussian(length):
-    """A Gaussian around the middle of a side, an eighth of it wide."""
+    """A Gaussian centred on a side, with a deviation of an eighth of its length."""
     return np.exp(-0.5 * ((np.arange(length) - (length - 1) / 2) / (length / 8)) ** 2)

@@ -1,4 +1,4 @@
-"""Runs of ``dfn_fast.predict``: images to predict, the command itself, and the files that it leaves."""
+"""Runs of ``dfn_fast.predict``: images to predict, the command itself, and its output files."""
 
 import contextlib
 from collections.abc import Iterator
@@ -26,13 +26,13 @@ def run(*arguments: object) -> int:
 
 
 def contents(folder: str | Path) -> dict[str, bytes]:
-    """The bytes of each file except videos, of which tests compare the decoded frames."""
+    """The bytes of each file except videos: tests compare their decoded frames."""
     return {name: Path(folder, name).read_bytes() for name in files(folder) if not name.endswith(".mp4")}
 
 
 @contextlib.contextmanager
 def segmenting(stop_after: int | None = None) -> Iterator[list[int]]:
-    """Within it segmenting is interrupted at the image after ``stop_after``. Yields the sizes of the batches run."""
+    """Interrupts segmenting in this context at the image after ``stop_after``. Yields the sizes of the batches run."""
     plain, batches = prediction.segment, []
 
     def segment(predictor, images):

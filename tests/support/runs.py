@@ -1,4 +1,4 @@
-"""Training runs of a second or two, and the comparison of two that should be one: every bit but the times."""
+"""Training runs of a second or two, and their comparison: every bit must match, except for times."""
 
 import contextlib
 from collections.abc import Iterator
@@ -14,13 +14,13 @@ from torch import nn
 from dfn_fast.network.backbone import LAYERS, BasicBlock
 from dfn_fast.train.folder import RunFolder
 
-# Twelve iterations in four epochs, two validations; a checkpoint after iterations 0, 2, 3, 4, 6, 8, 9, 10 and 12.
+# Twelve iterations in four epochs, two validations, and a checkpoint after iterations 0, 2, 3, 4, 6, 8, 9, 10 and 12.
 SMALL_RUN = "synthetic --backbone resnet18 --channels 8 --no-border --no-deep-supervision --crop 32 --batch-size 3"
 SMALL_RUN += " --workers 0 --device cpu --amp off --log-every 1 --checkpoint-every 2 --epochs 4 --val-every 2"
 
 
 class ThinBlock(BasicBlock):
-    """A residual block of few weights: checkpoints are small, and there is time for more of them."""
+    """A residual block with few weights, so checkpoints are small and quick to write."""
 
     def __init__(self, in_channels: int, width: int, stride: int, downsample: nn.Module | None, norm_layer):
         super().__init__(1, 1, stride, downsample, norm_layer)
@@ -30,7 +30,7 @@ class ThinBlock(BasicBlock):
 
 @contextlib.contextmanager
 def small_runs() -> Iterator[None]:
-    """Within it, ``SMALL_RUN`` is small: few weights, few scenes, and no pictures, which take as long as the rest."""
+    """Makes ``SMALL_RUN`` small: few weights, few scenes, and no pictures, which take as long as the rest."""
     with (
         patch.dict(LAYERS, resnet18=(ThinBlock, (1, 1, 1, 1))),
         patch("dfn_fast.data.datasets.synthetic.LENGTHS", {"train": 9, "val": 2}),
@@ -40,8 +40,8 @@ def small_runs() -> Iterator[None]:
 
 
 def write_blobs(folder: Path, train: int, val: int, step: int, ignored: int = 0) -> None:
-    """A data set of bright blobs on dark ground, each ``step`` rows below the one before; ``ignored`` more columns of
-    each image than of the one before have label 255."""
+    """Writes a data set of bright blobs on dark ground, each ``step`` rows below the one before. Each image has
+    ``ignored`` more columns with label 255 than the one before."""
     rng = np.random.default_rng(0)
     for split, count in (("train", train), ("val", val)):
         for i in range(count):
@@ -56,7 +56,7 @@ def write_blobs(folder: Path, train: int, val: int, step: int, ignored: int = 0)
 
 
 def differences(a: Any, b: Any, where: str = "") -> list[str]:
-    """The places where two checkpoints differ in a single bit; times are left out."""
+    """The places where two checkpoints differ by even one bit, except for times."""
     if isinstance(a, dict):
         assert a.keys() == b.keys(), where
         return [

@@ -1,6 +1,6 @@
-"""A program for compute-sanitizer: every operator forward and backward once, at small odd sizes, and is it right?
+"""A program for compute-sanitizer: runs every operator forward and backward at small odd sizes and checks it.
 
-Prints a line for each operator and dtype; the exit status is 1 where a result is wrong.
+Prints a line for each operator and dtype. The exit status is 1 if a result is wrong.
 """
 
 import sys
@@ -10,13 +10,13 @@ from torch import Tensor
 
 from support.every_operator import Problem, Sizes, convolutions, problems, results
 
-# Channels in single and in wide accesses, no side a multiple of a tile; a factor that is no integer, and 1.
+# Channels in narrow and wide accesses; no side is a multiple of a tile; scale factors that are not integers, and 1.
 ODD = [Sizes(2, 5, 7, 9, 3, 4), Sizes(1, 24, 5, 3, 5, 3)]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def error(ours: Tensor, truth: Tensor) -> float:
-    """The largest difference, as a share of the largest value."""
+    """The largest difference relative to the largest value."""
     return ((ours.double() - truth.double()).abs().max() / truth.double().abs().max().clamp(min=1)).item()
 
 
@@ -25,7 +25,7 @@ def exact(problem: Problem) -> Problem:
 
 
 def main(device: str, dtypes: tuple[torch.dtype, ...] = DTYPES) -> int:
-    """The number of results that are wrong."""
+    """Returns the number of wrong results."""
     wrong = 0
     for sizes in ODD:
         for dtype in dtypes:
@@ -33,7 +33,7 @@ def main(device: str, dtypes: tuple[torch.dtype, ...] = DTYPES) -> int:
                 truth = results(problem.definition, exact(problem))
                 pairs = zip(results(problem.operator, problem), truth, strict=True)
                 worst = max(error(ours, true) for ours, true in pairs if ours.is_floating_point())
-                # A wrong address shows as an error of the order of the values; rounding stays far below.
+                # A wrong address gives an error as large as the values. Rounding errors are far smaller.
                 failed = not worst < 64 * torch.finfo(dtype).eps
                 wrong += failed
                 print(f"{'WRONG' if failed else 'right'} {name} {list(sizes)} {dtype}: {worst:.1e}", flush=True)

@@ -14,13 +14,13 @@ SETTINGS = {"backbone": "resnet18", "stem": "conv7", "channels": 8, "border_chan
 
 
 def small_network(num_classes: int = len(CLASSES), border: bool = True) -> ReferenceDFN:
-    """Random weights, the same each time."""
+    """A small network with random weights, the same each time."""
     torch.manual_seed(0)
     return ReferenceDFN(num_classes, **SETTINGS, border=border).eval()
 
 
 def save_checkpoint(model: ReferenceDFN, path: Path) -> Path:
-    """Writes a training checkpoint of a network of three classes, trained on folder data. Returns ``path``."""
+    """Writes a training checkpoint of a three-class network for folder data. Returns ``path``."""
     names = {"classes": CLASSES, "palette": PALETTE.tolist(), "dataset": "folder"}
     settings = {"num_classes": len(CLASSES), **SETTINGS}
     save_atomic({"format": 1, "model": model.state_dict(), "model_config": settings, **names}, path)

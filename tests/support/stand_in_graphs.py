@@ -1,4 +1,4 @@
-"""CUDA graphs on the CPU, as inconsiderate as a device may be."""
+"""CUDA graphs on the CPU that overwrite memory as aggressively as a device may."""
 
 import threading
 import weakref
@@ -18,11 +18,11 @@ def fill(references, value):
 
 
 class StandIn:
-    """Graphs on the CPU, as inconsiderate as a device may be.
+    """Graphs on the CPU that overwrite memory as aggressively as a device may.
 
-    A replay writes into the same output, and over the outputs of all other graphs, whose memory it shares; until
-    ``wait`` whoever came before still writes to the inputs; after ``record`` the next one may write to the outputs.
-    ``size(output)`` are the bytes that a capture needs; they are there already, or with ``fragmented`` come on top.
+    A replay writes to its own output and overwrites those of all other graphs, whose memory it shares. Until ``wait``,
+    earlier work still writes to the inputs. After ``record``, later work may write to the outputs. A capture needs
+    ``size(output)`` bytes. It reuses the pool's memory, or with ``fragmented`` adds to it.
     """
 
     device = torch.device("cpu")
@@ -81,6 +81,6 @@ class StandIn:
         self.calls.append("finish")
 
     def held(self):
-        """The bytes of the inputs that still exist; a graph captured twice has one."""
+        """The bytes of the inputs that still exist. Both captures of a graph share one input."""
         alive = (reference() for reference in self.inputs)
         return sum({tensor.data_ptr(): tensor.nbytes for tensor in alive if tensor is not None}.values())

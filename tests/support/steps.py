@@ -1,4 +1,4 @@
-"""A training step small enough for a test: the smallest ResNet there can be, and one batch for it."""
+"""A training step small enough for a test: the smallest possible ResNet, and one batch for it."""
 
 from unittest.mock import patch
 
@@ -12,11 +12,11 @@ from dfn_fast.runtime.processes import ALONE
 from dfn_fast.trainer.parallel import norm_layer
 from dfn_fast.trainer.trainer import Trainer
 
-CLASSES, COUNT = 5, 3  # a batch of 3: no weight has 3 outputs, so that shapes tell activations from weights
+CLASSES, COUNT = 5, 3  # no weight has 3 outputs, so shapes tell activations from weights
 
 
 def tiny_trainer(device="cpu", network=FastDFN, blocks=1, parts=None, world=ALONE, **settings) -> Trainer:
-    """A trainer with random, seeded weights; ``parts``: keyword arguments of the network, ``settings`` of the run."""
+    """A trainer with seeded random weights. ``parts`` are keyword arguments of the network, ``settings`` of the run."""
     torch.manual_seed(0)
     config = TrainConfig(**{"compile": False, "channels": 16, "border_channels": 6, "lr": 0.01, **settings})
     with patch.dict(LAYERS, tiny=(BasicBlock, (blocks,) * 4)):
@@ -27,7 +27,7 @@ def tiny_trainer(device="cpu", network=FastDFN, blocks=1, parts=None, world=ALON
 
 def tiny_batch(size=(64, 64), seed=1) -> Batch:
     generator = torch.Generator().manual_seed(seed)
-    # As the loader makes it: channels innermost.
+    # As the loader returns it: channels innermost.
     images = torch.randint(0, 256, (COUNT, *size, 3), generator=generator, dtype=torch.uint8).permute(0, 3, 1, 2)
     labels = torch.randint(0, CLASSES, (COUNT, *size), generator=generator, dtype=torch.uint8)
     labels[torch.rand(labels.shape, generator=generator) < 0.2] = 255

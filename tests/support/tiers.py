@@ -1,4 +1,4 @@
-"""What the slow tier has more of than the fast one: examples of random inputs, dtypes of each shape."""
+"""Helpers that run more in the slow tier than in the fast one: examples of random inputs, and dtypes for each shape."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -11,8 +11,8 @@ slow = pytest.mark.slow
 
 
 def examples(few: int, many: int, options: dict[str, Any] | None = None, **strategies: Any) -> Callable[..., Any]:
-    """``hypothesis.given`` with ``few`` examples in the fast tier and ``many``, which begin with these, in the slow
-    one. ``options`` are further settings of hypothesis."""
+    """``hypothesis.given`` with ``few`` examples in the fast tier and ``many``, starting with the same ones, in the
+    slow tier. ``options`` are further hypothesis settings."""
 
     def decorate(test: Callable[..., None]) -> Callable[..., None]:
         common = {"deadline": None, "derandomize": True} | (options or {})
@@ -33,7 +33,7 @@ def examples(few: int, many: int, options: dict[str, Any] | None = None, **strat
 
 
 def each_with_one_dtype(shapes: Sequence[Any], dtypes: Sequence[Any]) -> list[Any]:
-    """Every pair of a shape and a dtype; in the fast tier each shape with one dtype, which takes turns."""
+    """Every pair of a shape and a dtype. In the fast tier each shape has one dtype, in rotation."""
     return [
         pytest.param(shape, dtype, marks=[] if i % len(dtypes) == j else slow, id=f"{shape}-{dtype}")
         for i, shape in enumerate(shapes)

@@ -1,4 +1,4 @@
-"""The smallest backbone there can be: for tests that ask what surrounds a network, not what it computes."""
+"""The smallest possible backbone, for tests of the code around a network, not of what it computes."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from dfn_fast.network.backbone import LAYERS, BasicBlock, ResNet, make_stage
 
 
 class TinyResNet(ResNet):
-    """Eight channels everywhere, and as many basic blocks as asked for: a step takes a tenth of ResNet-18's time."""
+    """Eight channels everywhere and a chosen number of basic blocks: a step takes a tenth of ResNet-18's time."""
 
     def __init__(self, depth: str, stem: str, norm_layer=nn.BatchNorm2d):
         nn.Module.__init__(self)
@@ -26,9 +26,9 @@ class TinyResNet(ResNet):
 
 @contextlib.contextmanager
 def tiny_backbones() -> Iterator[None]:
-    """Within it every network gets a :class:`TinyResNet`, whose stem is "conv7"; "resnet18" has one block a stage."""
+    """Networks built in this context have a :class:`TinyResNet` with stem "conv7"; "resnet18" has one block a stage."""
     with (
         patch("dfn_fast.network.reference.ResNet", TinyResNet),
-        patch.dict(LAYERS, resnet18=(BasicBlock, (1, 1, 1, 1))),  # what bare weights are recognised by
+        patch.dict(LAYERS, resnet18=(BasicBlock, (1, 1, 1, 1))),  # used to recognise bare weights
     ):
         yield

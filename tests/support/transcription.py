@@ -1,5 +1,5 @@
-"""DFN's forward pass and loss a second time, from the paper and the published names, in functional operators on a state
-dict: the oracle of the network's tests. Nothing of ``dfn_fast`` is used."""
+"""A second implementation of DFN's forward pass and loss, from the paper and the published names, with functional
+operators on a state dict. It is the oracle of the network's tests and uses nothing from ``dfn_fast``."""
 
 import itertools
 
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 
 class Transcription:
-    """The network whose weights ``state`` holds; the parts that it has no names for are left out, as in ablations."""
+    """The network whose weights are in ``state``. Parts without names in it are left out, as in ablations."""
 
     def __init__(self, state, training):
         self.state, self.training = state, training
@@ -29,7 +29,7 @@ class Transcription:
         return x * scale.view(-1, 1, 1) + (self.state[f"{name}.bias"] - mean * scale).view(-1, 1, 1)
 
     def resize(self, x, size):
-        """Bilinear with aligned corners, as a product with a matrix in each direction."""
+        """Resizes bilinearly with aligned corners, by a matrix product in each direction."""
         rows, columns = (interpolation_matrix(new, old) for new, old in zip(size, x.shape[2:], strict=True))
         return rows @ x @ columns.T
 

@@ -1,4 +1,4 @@
-"""A script that fails: upsample_add reads far behind the end of ``high``, and an innocent operator comes after it."""
+"""A script that fails: upsample_add reads far past the end of ``high``, and an innocent operator follows it."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from dfn_kernels.attention import upsample_add_triton as kernels
 
 
 class Shorter:
-    """What a launcher asks of a tensor; its memory ends long before its shape does."""
+    """The parts of a tensor that a launcher reads. Its memory is far smaller than its shape."""
 
     def __init__(self, x: Tensor, shape: tuple[int, ...]):
         self.x, self.shape, self.dtype = x, torch.Size(shape), x.dtype
@@ -26,7 +26,7 @@ def main() -> None:
     kernels.forward = misled
     low, high = torch.zeros(1, 8, 512, 512, device="cuda"), torch.zeros(1, 8, 2, 2, device="cuda")
     out = upsample_add(low, high)
-    print((out + 1).sum().item())  # here it comes to light, unless the operator waits
+    print((out + 1).sum().item())  # the error appears here, unless the operator waits
 
 
 if __name__ == "__main__":
