@@ -1,9 +1,9 @@
-"""``python -m benchmarks.breakdown [--only training|inference]``: where the time of ours goes, by kind of operation.
+"""``python -m benchmarks.breakdown [--only training|inference]``: where our time goes, by kind of operation.
 
-Profiled are the training step and the inference of several scales and their mirror images that the other benchmarks
-measure, as they run by default: on a GPU the step compiled and the images from a CUDA graph, so that kernels are told
-apart by their names; on a CPU, where nothing is compiled, the parts of the network as well. The tables go to
-``benchmarks/results/MACHINE/breakdown_*.txt``, and from there into ``RESULTS.md`` by ``python -m benchmarks.report``.
+Profiles the training step and the inference at several scales with flip that the other benchmarks measure, as they run
+by default. On a GPU the step is compiled and inference replays a CUDA graph, so kernels are told apart by their names.
+On a CPU nothing is compiled, so the parts of the network are shown as well. The tables go to
+``benchmarks/results/MACHINE/breakdown_*.txt``; ``python -m benchmarks.report`` puts them into ``RESULTS.md``.
 """
 
 import time
@@ -46,7 +46,7 @@ def breakdown(name: str, call: Callable[[], Any]) -> str:
 
 
 def training() -> str:
-    """The largest network that the benchmark of the step compiles."""
+    """Profiles the largest network that the benchmark of the step compiles."""
     shape = [shape for shape in training_shapes() if shape.compiles][-1]
     choose_algorithms(deterministic=False)  # as `dfn_fast.train` does
     trial = TrainingTrial(shape, measure.default_amp())
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = cli.Parser(
         prog="python -m benchmarks.breakdown",
         usage="%(prog)s [--only NAME]",
-        description="Where the time of a training step and of inference goes.",
+        description="Profile a training step and inference, by kind of operation.",
     )
     makers = {"training": training, "inference": inference}
     parser.add_argument("--only", choices=tuple(makers), metavar="NAME", help="training or inference (default: both)")

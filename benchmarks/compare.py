@@ -1,8 +1,8 @@
-"""``python -m benchmarks.compare BASE HEAD``: a suite on two git revisions in turns, for a change that claims speed.
+"""``python -m benchmarks.compare BASE HEAD``: times two git revisions in turns, for a change that claims speed.
 
-Each revision is checked out beside the other, in temporary folders, with its own benchmarks; the two take turns, in
-processes of their own, so that drift of the machine meets both alike. Printed is, for each benchmark that both have,
-HEAD's time as a share of BASE's: the median over the rounds, and its spread. Uncommitted changes are not seen.
+Each revision is checked out in a temporary folder, with its own benchmarks. The two take turns, in processes of their
+own, so that drift of the machine affects both alike. For each benchmark that both have, prints HEAD's time as a share
+of BASE's: the median over the rounds, and its spread. Uncommitted changes are not included.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def git(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def run(tree: Path, suites: list[str], keyword: str | None) -> Times:
-    """The median times of ``ours`` in a checkout. Raises ConfigError where the run gives none."""
+    """The median times of ``ours`` in a checkout. Raises ConfigError if the run gives none."""
     result = tree / "result.json"
     command = [sys.executable, "-m", "pytest", *(f"benchmarks/{suite}.py" for suite in suites)]
     command += ["--benchmark-only", "-q", "-p", "no:cacheprovider", f"--benchmark-json={result}"]
@@ -63,13 +63,13 @@ def run(tree: Path, suites: list[str], keyword: str | None) -> Times:
 
 
 def ratios(base: list[Times], head: list[Times]) -> dict[str, list[float]]:
-    """HEAD's share of BASE's time, by benchmark and for each round; of those that every round has."""
+    """HEAD's share of BASE's time in each round, by benchmark, if every round has the benchmark."""
     names = [name for name in base[0] if all(name in times for times in [*base, *head])]
     return {name: [h[name] / b[name] for b, h in zip(base, head, strict=True)] for name in names}
 
 
 def table(found: dict[str, list[float]]) -> str:
-    """The largest slowdown first. A mark where every round agrees on the direction."""
+    """The table, largest slowdown first, with a mark if every round agrees on the direction."""
     lines = [f"{'benchmark':88} {'HEAD / BASE':>11} {'from':>6} {'to':>6}"]
     for name, values in sorted(found.items(), key=lambda item: -statistics.median(item[1])):
         low, high = min(values), max(values)
@@ -101,16 +101,14 @@ def parser() -> argparse.ArgumentParser:
     result = cli.Parser(
         prog="python -m benchmarks.compare",
         usage="%(prog)s BASE HEAD [options]",
-        description="Benchmarks of two git revisions, in alternation.",
+        description="Benchmark two git revisions in alternation.",
     )
     result.add_argument("base", metavar="BASE", help="revision to compare with, such as main")
     result.add_argument("head", metavar="HEAD", help="revision with the change, such as HEAD")
     result.add_argument(
         "--suite", nargs="+", default=["test_operators"], metavar="NAME", help="files (default: test_operators)"
     )
-    result.add_argument(
-        "-k", dest="keyword", metavar="EXPRESSION", help="which of their benchmarks, as pytest takes it"
-    )
+    result.add_argument("-k", dest="keyword", metavar="EXPRESSION", help="select benchmarks, as pytest's -k does")
     result.add_argument("--rounds", type=int, default=3, metavar="N", help="runs of each (default: 3)")
     return result
 

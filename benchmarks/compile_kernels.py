@@ -1,6 +1,6 @@
 """Cross-compiles every kernel with every entry of the tuning tables, without a GPU, and prints the compiler's report.
 
-``python -m benchmarks.compile_kernels [--op NAME] [--target sm_90] [--json FILE]``; exit code 1 where a rule is broken:
+``python -m benchmarks.compile_kernels [--op NAME] [--target sm_90] [--json FILE]``; exit code 1 if a rule is broken:
 
 - no spills to memory (``LDL``/``STL`` in the machine code; on gfx942 ``scratch_*``: a scalar register that is kept in a
   lane of a vector register stays on the chip),
@@ -8,9 +8,9 @@
 - no atomics (sums are gathered in a fixed order),
 - every access to a streaming operand moves 16 bytes or more.
 
-The last rule is shown per operand, from the PTX (``ptx_accesses.py``); an access whose operand cannot be told counts
-for every streaming operand. That the assembler keeps the widths is told from the machine code (``LDG``, ``LDGSTS``,
-``STG``). On gfx942 the rule is not applied: a kernel must compile and fit.
+The last rule is checked per operand, in the PTX (``harness/ptx.py``). An access whose operand is unknown counts for
+every streaming operand. The machine code (``LDG``, ``LDGSTS``, ``STG``) shows whether the assembler keeps the widths.
+On gfx942 the rule is not applied: a kernel must compile and fit.
 """
 
 import argparse
@@ -36,8 +36,8 @@ KIB = 1024
 TARGETS = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "gfx942": "gfx942"}
 SHARED_LIMIT = {"sm_80": 163 * KIB, "sm_90": 227 * KIB, "sm_100": 227 * KIB, "gfx942": 64 * KIB}
 STREAMING_BYTES = 16
-# What a case's note says if DFN-R101 launches it in bfloat16, and if it spilled registers under some Triton until its
-# tile was changed.
+# Matches the notes of cases that DFN-R101 launches in bfloat16, and of those that spilled registers under some version
+# of Triton until their tile was changed.
 NETWORK = re.compile(r"bf16, (512 channels|(1|21) classes, 128 -> 512|512 pixels)|21 classes, 2 maps bf16")
 ONCE_SPILLED = {"focal_loss": re.compile(r"256 classes, 128 -> 512, u8|21 classes.* weights of pixels")}
 
@@ -96,13 +96,13 @@ class Record:
 
 
 def _access(opcode: str) -> str:
-    """A width of the machine code as the PTX's are told: "load 16" for "LDG.128"; empty for a bulk copy."""
+    """A width of the machine code in the form of the PTX's: "load 16" for "LDG.128"; empty for a bulk copy."""
     base, _, bits = opcode.partition(".")
     return f"{'store' if base == 'STG' else 'load'} {int(bits) // 8}" if bits else ""
 
 
 def _leaves(kind: Any, path: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], str]]:
-    """Paths and types of the numbers and pointers that an argument is made of: several where it is a tuple."""
+    """Paths and types of the numbers and pointers in an argument: several if it is a tuple."""
     if isinstance(kind, str):
         yield path, kind
     else:
@@ -111,7 +111,7 @@ def _leaves(kind: Any, path: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, 
 
 
 def compile_case(case: CompileCase, target: str, operator: str = "", disassemble: bool = True) -> Record:
-    """Compiles one case for one target and reads the compiler's report; a failure to compile is told in ``error``."""
+    """Compiles one case for one target and reads the compiler's report; a failure to compile goes into ``error``."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -120,7 +120,7 @@ def compile_case(case: CompileCase, target: str, operator: str = "", disassemble
     names = case.kernel.arg_names
     signature = {name: "constexpr" if name in case.constexprs else case.signature[name] for name in names}
     leaves = [(i, *leaf) for i, kind in enumerate(signature.values()) for leaf in _leaves(kind) if kind != "constexpr"]
-    fixed = {p.name for p in case.kernel.params if p.do_not_specialize}  # a launch tells the compiler nothing of these
+    fixed = {p.name for p in case.kernel.params if p.do_not_specialize}  # unknown to the compiler at a launch
     divisible = set(case.divisible) - fixed
     attributes = {(i, *path): [["tt.divisibility", 16]] for i, path, _ in leaves if names[i] in divisible}
     chip = TARGETS[target]
@@ -157,7 +157,7 @@ def _cuobjdump(cubin: bytes, flag: str) -> str:
 
 
 def _read_cubin(cubin: bytes, record: Record, disassemble: bool) -> None:
-    """Registers and local memory, and the instructions of the machine code; those always where there may be spills."""
+    """Reads registers, local memory and, if ``disassemble`` is set or there may be spills, the machine code."""
     usage = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", _cuobjdump(cubin, "-res-usage"))
     if usage is None:
         raise RuntimeError(f"cuobjdump gave no resource usage for {record.kernel} on {record.target}")
@@ -183,7 +183,7 @@ def _read_cubin(cubin: bytes, record: Record, disassemble: bool) -> None:
 
 
 def _read_amdgcn(assembly: str, record: Record) -> None:
-    """Registers, spills and global accesses from AMD's assembly and its metadata."""
+    """Reads registers, spills and global accesses from AMD's assembly and its metadata."""
 
     def value(name: str) -> int:
         return int(re.search(rf"\.{name}:\s+(\d+)", assembly).group(1))  # type: ignore[union-attr]
@@ -211,8 +211,8 @@ def _compile_job(job: tuple[str, int, str, bool]) -> Record:
 
 
 def in_turns(cases: list[CompileCase], targets: list[str]) -> set[tuple[int, str]]:
-    """Positions of cases and the targets to compile them for: ``sm_90`` all; of every second one, one of the others in
-    turn; of a kernel that has few, all."""
+    """Positions of cases and the targets to compile them for. Every case is compiled for ``sm_90``, every second one of
+    a kernel also for one of the other targets, in turn. A kernel with few cases is compiled for all targets."""
     others = [target for target in targets if target != "sm_90"]
     by_kernel: dict[str, list[int]] = {}
     for i, case in enumerate(cases):
@@ -226,8 +226,8 @@ def in_turns(cases: list[CompileCase], targets: list[str]) -> set[tuple[int, str
 
 
 def of_the_network(operator: str) -> set[tuple[int, str]]:
-    """Positions of an operator's cases that a quick check compiles, for ``sm_90``: of each kernel the first that the
-    network launches, or the first of all, and those that were once at fault."""
+    """Positions of an operator's cases that a quick check compiles, for ``sm_90``: each kernel's first case that the
+    network launches, or else its first case, and those that were once at fault."""
     first: dict[str, int] = {}
     for i, case in sorted(enumerate(_cases(operator)), key=lambda item: NETWORK.search(item[1].note) is None):
         first.setdefault(case.kernel.__name__, i)
@@ -250,7 +250,7 @@ def compile_all(
 ) -> list[Record]:
     """A share of the named operators' cases, see :func:`chosen`, in parallel.
 
-    ``disassemble``: the only targets whose streaming kernels are disassembled; empty: everything is.
+    ``disassemble``: the only targets whose streaming kernels are disassembled. If empty, everything is.
     """
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("TRITON_INTERPRET=1 replaces the compiler; unset it to compile kernels")
@@ -291,13 +291,13 @@ def main(arguments: list[str] | None = None) -> int:
         "--disassemble",
         action="append",
         choices=TARGETS,
-        help="architecture whose streaming kernels alone are disassembled, to save time; default: everything is",
+        help="disassemble only the streaming kernels of this architecture, to save time (default: everything)",
     )
     parser.add_argument(
         "--share",
         choices=("all", "network", "rest"),
         default="all",
-        help="network: what DFN-R101 launches, for sm_90; rest: the other cases for sm_90, some for each other in turn",
+        help="network: the cases of DFN-R101, for sm_90; rest: the others for sm_90, and some for the other targets",
     )
     parser.add_argument("--json", type=Path, help="also write the records to this file")
     parser.add_argument("--processes", type=int, default=2)

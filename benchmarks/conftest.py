@@ -1,6 +1,6 @@
-"""What every benchmark run carries: the machine's facts in the JSON, a summary with the promises at the end.
+"""Adds to every benchmark run the machine's facts, in the JSON, and a summary with the promises at the end.
 
-On a CPU a run takes the cases of a few minutes; those that are marked ``full`` take ``--full``. A GPU runs all of them.
+On a CPU a run takes only a few minutes: cases marked ``full`` need ``--full``. A GPU runs all of them.
 """
 
 import functools
@@ -25,19 +25,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--full",
         action="store_true",
         default=DEVICE.type == "cuda",
-        help="every case, not only those of a few minutes; on a GPU always",
+        help="run every case, not only those that take a few minutes; always on with a GPU",
     )
     parser.addoption(
         "--compile-mode",
         choices=measure.COMPILE_MODES,
         default=measure.COMPILE_MODES[0],
-        help="of torch.compile beside ours, on a GPU: all that it can try, minutes for each network, or as it comes",
+        help="mode of torch.compile, which ours is compared with, on a GPU; the first takes minutes for each network",
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
-        raise pytest.UsageError("TRITON_INTERPRET=1: times of Triton's interpreter say nothing; unset it")
+        raise pytest.UsageError("TRITON_INTERPRET=1: times of Triton's interpreter mean nothing; unset it")
     if DEVICE.type == "cuda":
         measure.COMPILE_MODE = config.getoption("--compile-mode")
     config.addinivalue_line("markers", "full: a case of --full, which a short run leaves out")
@@ -65,12 +65,12 @@ def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Ite
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call() -> Iterator[None]:
-    """What does not fit into the GPU's memory is skipped, and leaves none of it taken."""
+    """Skips a case that does not fit into the GPU's memory, and frees what it allocated."""
     try:
         return (yield)
     except torch.OutOfMemoryError as error:
         reason = str(error).splitlines()[0]
-    torch.cuda.empty_cache()  # out here, as the error holds what was allocated
+    torch.cuda.empty_cache()  # outside the handler, because the error keeps the memory alive
     pytest.skip(f"needs more memory than this GPU has: {reason}")
 
 
@@ -79,7 +79,7 @@ def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
 
 
 class Report:
-    """What was measured beside pytest-benchmark's own times; one row a trial once all its implementations ran."""
+    """Measurements beside pytest-benchmark's own times: one row a trial, once all its implementations have run."""
 
     def __init__(self) -> None:
         self.memory: dict[tuple[str, str], int] = {}
@@ -120,7 +120,7 @@ class Report:
 
 @pytest.fixture(scope="module")
 def cudnn_by_trial() -> Iterator[None]:
-    """cuDNN chooses algorithms by timing them, for all implementations alike: what ``dfn_fast.train`` asks for."""
+    """Lets cuDNN choose algorithms by timing them, for all implementations alike, as ``dfn_fast.train`` does."""
     choose_algorithms(deterministic=False)
     yield
     torch.backends.cudnn.benchmark = False

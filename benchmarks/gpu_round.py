@@ -1,9 +1,9 @@
-"""``python -m benchmarks.gpu_round --output DIR [--minutes M] [--steps NAME...]``: all that a GPU has to say, in order.
+"""``python -m benchmarks.gpu_round --output DIR [--minutes M] [--steps NAME...]``: all that needs a GPU, in order.
 
-First what must be right, then what decides the speed, block sizes, the speeds, and what is learnt. A GPU is often lent
-for minutes: no step begins that is expected to end after ``--minutes``, each is stopped at its own limit (what it has
-measured by then is kept), and the last lines name the steps that are left, as the options of the next call. ``DIR``
-gets ``STEP.log``, ``STEP.json`` (for ``python -m benchmarks.record``), ``results`` (what the step wrote under
+First come correctness tests, then the parts that decide the speed, block sizes, speeds, and training runs. A GPU is
+often lent for minutes: no step begins that is expected to end after ``--minutes``, and each is stopped at its own limit
+(its measurements until then are kept). The last lines name the remaining steps, as the options of the next call.
+``DIR`` gets ``STEP.log``, ``STEP.json`` (for ``python -m benchmarks.record``), ``results`` (the step's files from
 ``benchmarks/results/``) and ``round.json``.
 
 ``--list`` shows the steps; ``--dry-run`` runs them as they are on a machine without a GPU, where tests are skipped and
@@ -31,12 +31,12 @@ from dfn_fast.errors import ConfigError
 from dfn_fast.files import write_json
 
 ROOT = RESULTS.parent.parent
-GRACE = 30.0  # seconds from the request to stop, at which pytest still writes its results, to the end
+GRACE = 30.0  # seconds to end after the request to stop, in which pytest still writes its results
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A command, the minutes that it is expected to take and after which it is stopped, and what it answers."""
+    """A command, the minutes that it should take, those after which it is stopped, and the question it answers."""
 
     name: str
     minutes: float
@@ -87,7 +87,7 @@ STEPS = [
 
 
 def command_of(step: Step, output: Path, camvid: str) -> str:
-    """The step's command line, in a shell's words."""
+    """The step's command line, in shell syntax."""
     words = {
         "json": shlex.quote(str(output / f"{step.name}.json")),
         "camvid": shlex.quote(camvid),
@@ -98,7 +98,7 @@ def command_of(step: Step, output: Path, camvid: str) -> str:
 
 
 def run(step: Step, output: Path, camvid: str, seconds: float) -> dict[str, Any]:
-    """Runs a step for at most ``seconds``; its exit code, time and last line."""
+    """Runs a step for at most ``seconds``. Returns its exit code, time and last line."""
     log = output / f"{step.name}.log"
     start = time.monotonic()
     stopped = False
@@ -125,7 +125,7 @@ def run(step: Step, output: Path, camvid: str, seconds: float) -> dict[str, Any]
 
 
 def stop(process: subprocess.Popen) -> None:
-    """Asks the step to end, as Ctrl-C does, waits up to :data:`GRACE` seconds, and kills all that is left of it."""
+    """Asks the step to end, as Ctrl-C does, waits up to :data:`GRACE` seconds, and kills the rest of it."""
     send(process, signal.SIGINT)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(GRACE)
@@ -140,7 +140,7 @@ def send(process: subprocess.Popen, number: signal.Signals) -> None:
 
 
 def copy_results(output: Path, since: float) -> None:
-    """Result files that the steps wrote, beside the logs."""
+    """Copies the steps' result files to a folder beside the logs."""
     for path in RESULTS.rglob("*"):
         if path.is_file() and path.stat().st_mtime >= since:
             target = output / "results" / path.relative_to(RESULTS)
@@ -149,7 +149,7 @@ def copy_results(output: Path, since: float) -> None:
 
 
 def go(steps: list[Step], output: Path, minutes: float, camvid: str) -> tuple[list[dict[str, Any]], list[str]]:
-    """Runs the steps that fit into ``minutes``; what came of each, and the names of those that are left."""
+    """Runs the steps that fit into ``minutes``. Returns the result of each, and the names of the others."""
     start, begun = time.monotonic(), time.time()
     output.mkdir(parents=True, exist_ok=True)
     done: list[dict[str, Any]] = []
@@ -187,10 +187,10 @@ def main(argv: list[str] | None = None) -> int:
         type=float,
         default=60.0,
         metavar="M",
-        help="that all may take, but for half of one to end the last (default: 60)",
+        help="limit for all steps together, plus half a minute to end the last (default: 60)",
     )
-    add("--steps", nargs="+", metavar="NAME", help="these alone, in this order (default: all)")
-    add("--camvid", default="", metavar="DIR", help="folder of the CamVid images; without it nothing is learnt")
+    add("--steps", nargs="+", metavar="NAME", help="run only these, in this order (default: all)")
+    add("--camvid", default="", metavar="DIR", help="folder of the CamVid images; without it nothing is trained")
     add("--list", action="store_true", help="show the steps and what each answers")
     add("--dry-run", action="store_true", help="run the steps without a GPU, to see that they run")
     arguments = parser.parse_args(argv)

@@ -1,11 +1,11 @@
-"""``python -m benchmarks.learning RECIPE [--root DIR] [options of training]``: the same run with the plain network and
-with ours, and what each learnt in its time.
+"""``python -m benchmarks.learning RECIPE [--root DIR] [options of training]``: trains the plain network and ours, and
+compares what each learns in its time.
 
-Both start from the same seed, and so from the same weights and the same order of images: ``compile`` is
-``ReferenceDFN`` compiled (on a CPU ``eager``, which is faster there), ``ours`` is ``FastDFN`` as it is by default. Of
-each run stay the validation mIoU after every epoch with the seconds of training until then (those of compiling are in
-them), and of its last checkpoint mIoU at one scale, and at the paper's five with their mirror images. The rows go to
-``benchmarks/results/``, and from there into ``RESULTS.md`` by ``python -m benchmarks.report``.
+Both start from the same seed, and so from the same weights and the same order of images. ``compile`` is
+``ReferenceDFN`` compiled (on a CPU ``eager``, which is faster there), ``ours`` is ``FastDFN`` with its defaults. Each
+run keeps the validation mIoU after every epoch with the seconds of training until then (compiling included), and the
+mIoU of its last checkpoint at one scale, and at the paper's five with flip. The rows go to ``benchmarks/results/``;
+``python -m benchmarks.report`` puts them into ``RESULTS.md``.
 """
 
 import datetime
@@ -32,7 +32,7 @@ RUNS = {
 
 
 def learn(recipe: str, options: list[str], runs: Path) -> list[dict[str, Any]]:
-    """Trains and evaluates each run in a process of its own; their rows."""
+    """Trains and evaluates each run in a process of its own. Returns their rows."""
     rows = []
     for name, how in RUNS.items():
         folder = RunFolder(runs / name)
@@ -43,7 +43,7 @@ def learn(recipe: str, options: list[str], runs: Path) -> list[dict[str, Any]]:
 
 
 def row_of(name: str, folder: RunFolder) -> dict[str, Any]:
-    """What a finished run has learnt."""
+    """The row of a finished run."""
     config, summary = folder.config(), json.loads((folder.path / "summary.json").read_text())
     validations = [found for found in folder.metrics() if found["kind"] == "val"]
     return {
@@ -70,7 +70,7 @@ def evaluate(folder: RunFolder, options: list[str]) -> float:
 
 
 def call(module: str, *words: str) -> None:
-    """Runs one of our command lines. Raises UserError where it fails."""
+    """Runs one of our command lines. Raises UserError if it fails."""
     command = [sys.executable, "-m", f"dfn_fast.{module}", *words]
     print("+", *command[1:], flush=True)
     if code := subprocess.run(command, check=False).returncode:
@@ -81,9 +81,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = cli.Parser(
         prog="python -m benchmarks.learning",
         usage="%(prog)s RECIPE [--root DIR] [options of dfn_fast.train]",
-        description="The same run with the plain network and with ours: what each learns in its time.",
+        description="Train the plain network and ours, and compare what each learns in its time.",
     )
-    parser.add_argument("recipe", metavar="RECIPE", help="as of `python -m dfn_fast.train`")
+    parser.add_argument("recipe", metavar="RECIPE", help="recipe, as for `python -m dfn_fast.train`")
     arguments, options = parser.parse_known_args(argv)
     with tempfile.TemporaryDirectory() as runs:
         rows = learn(arguments.recipe, options, Path(runs))

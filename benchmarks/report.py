@@ -1,7 +1,7 @@
-"""``python -m benchmarks.report``: tables and pictures, made from the files under ``benchmarks/results/``.
+"""``python -m benchmarks.report``: makes tables and pictures from the files under ``benchmarks/results/``.
 
-Writes all of them to ``benchmarks/RESULTS.md`` and a short table between two markers of the README; ``--check`` says
-instead whether they are there, as a test does. Of each machine the newest rows of each group count, and every table
+Writes all of them to ``benchmarks/RESULTS.md`` and a short table between two markers of the README. ``--check`` instead
+says whether they are up to date, as a test does. The newest rows of each group count, for each machine, and every table
 names its files. A figure that a file does not have is a dash.
 """
 
@@ -72,7 +72,7 @@ def folded(title: str, lines: list[str]) -> list[str]:
 
 
 def text(results: Path = RESULTS) -> str:
-    """``RESULTS.md``: the first machine's tables, and those of others folded."""
+    """``RESULTS.md``: the first machine's tables, then the others', folded."""
     lines: list[str] = []
     for folder in machines(results):
         found = section(folder)
@@ -81,7 +81,7 @@ def text(results: Path = RESULTS) -> str:
 
 
 def with_results(readme: str, results: str) -> str:
-    """The README with ``results`` in place of what stands between its markers. ValueError if it has none."""
+    """The README with ``results`` between its markers. Raises ValueError if it has none."""
     before, begin, rest = readme.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
@@ -95,7 +95,7 @@ def pages() -> dict[Path, str]:
 
 
 def differing(wanted: dict[Path, str]) -> list[str]:
-    """The names of the files that do not say what the result files say."""
+    """The names of the files whose text is not the wanted one."""
     return [path.name for path, new in wanted.items() if not path.is_file() or path.read_text(encoding="utf-8") != new]
 
 

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.roofline``: operations, bytes and the least time of a network, part by part."""
+"""``python -m benchmarks.roofline``: counts operations, bytes and the least time of a network, part by part."""
 
 import argparse
 
@@ -28,15 +28,15 @@ def main(argv: list[str] | None = None) -> int:
     parser = cli.Parser(
         prog="python -m benchmarks.roofline",
         usage="%(prog)s [options]",
-        description="Operations, bytes and the least time of DFN, part by part.",
+        description="Count the operations, the bytes and the least time of DFN, part by part.",
     )
     add = parser.add_argument
     add("--backbone", choices=tuple(LAYERS), default="resnet101", metavar="NAME", help="resnet18 ... resnet152")
-    add("--size", type=cli.size, default=(512, 512), metavar="SIZE", help="of the images, HxW (default: 512x512)")
-    add("--batch", type=int, default=1, metavar="N", help="images at once (default: 1)")
+    add("--size", type=cli.size, default=(512, 512), metavar="SIZE", help="image size, HxW (default: 512x512)")
+    add("--batch", type=int, default=1, metavar="N", help="batch size (default: 1)")
     add("--classes", type=int, default=21, metavar="K", help="classes (default: 21)")
-    add("--training", action="store_true", help="a step, with all heads and the Border Network, not inference")
-    add("--savings", action="store_true", help="with the composed convolutions of FastDFN")
+    add("--training", action="store_true", help="count a step, with all heads and the Border Network, not inference")
+    add("--savings", action="store_true", help="count FastDFN's composed convolutions")
     add("--flops", type=float, default=H200.flops, metavar="X", help="operations a second (default: one H200, bf16)")
     add("--bandwidth", type=float, default=H200.bandwidth, metavar="X", help="bytes a second (default: one H200)")
     add("--element-size", type=int, default=2, metavar="N", help="bytes of a number (default: 2)")

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.scaling``: how time and memory of inference and training grow.
+"""``python -m benchmarks.scaling``: measures how time and memory of inference and training grow.
 
 One quantity grows at a time: images of a batch, pixels of an image, classes. The exponent is the slope of the
 logarithms: 1 is in proportion, 0 no growth. The rows go to ``benchmarks/results/``.
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = cli.Parser(
         prog="python -m benchmarks.scaling",
         usage="%(prog)s [options]",
-        description="Time and memory against batch, image size and number of classes.",
+        description="Measure time and memory against batch, image size and number of classes.",
     )
     parser.add_argument("--only", choices=("inference", "training"), metavar="NAME", help="inference or training")
     arguments = parser.parse_args(argv)

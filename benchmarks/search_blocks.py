@@ -1,13 +1,12 @@
 """Searches the block sizes of ``dfn_kernels.tuning`` on this GPU and prints the tables to put there.
 
 ``python -m benchmarks.search_blocks [--table POOL] [--minutes M] [--dry-run]``. Each entry of a table starts from its
-present value; its neighbours (a number halved or doubled, or one halved and another doubled) are timed at every shape
-of DFN-R101 that reads the entry, the best becomes the start of the next step, until none is better by two percent. A
-candidate that does not compile or gives another result than the definition is left out. All entries take a step
-together: their candidates are compiled by several processes first, into Triton's cache, and then timed one by one with
-the GPU to themselves. The tables so far are printed after each step, so that a search that is cut off leaves something.
-``--dry-run`` tries three neighbours at tiny shapes in Triton's interpreter: its times mean nothing, it shows that the
-search works.
+current value. Its neighbours (a number halved or doubled, or one halved and another doubled) are timed at every shape
+of DFN-R101 that reads the entry, and the best starts the next step, until none is better by two percent. A candidate
+that does not compile, or whose result differs from the definition's, is left out. All entries take a step together:
+several processes first compile their candidates into Triton's cache, then each is timed with the GPU to itself. The
+tables so far are printed after each step, so that an interrupted search leaves something. ``--dry-run`` tries three
+neighbours at tiny shapes in Triton's interpreter: its times mean nothing, but it shows that the search works.
 """
 
 import argparse
@@ -38,7 +37,7 @@ Path = tuple[Any, ...]  # a table's name, then the keys that lead to a tile
 
 
 class Watched:
-    """A tile that says when it is read: what reads any of its numbers uses it."""
+    """A tile that calls ``when_read`` when any of its numbers is read."""
 
     def __init__(self, tile: Any, when_read: Callable[[], None]) -> None:
         self._watched = tile, when_read
@@ -84,7 +83,7 @@ def replaced(table: Any, keys: Path, tile: Any) -> Any:
 
 
 def override(path: Path, tile: Any) -> Any:
-    """Context manager: the kernels launch with ``tile`` at ``path``."""
+    """A context manager in which the kernels launch with ``tile`` at ``path``."""
     from dfn_kernels import tuning
 
     return mock.patch.object(tuning, path[0], replaced(getattr(tuning, path[0]), path[1:], tile))
@@ -118,7 +117,7 @@ def users(paths: list[Path], cases: list[tuple["Case", bool]]) -> dict[Path, lis
 
 
 def time_ratio(trial: "Trial", path: Path, tile: Any, rounds: int) -> float:
-    """The time with ``tile`` over that with the present one, measured in turns; inf for a tile that will not do."""
+    """The time with ``tile`` over that with the present one, measured in turns; inf if the tile fails."""
     from benchmarks.harness import measure
 
     def candidate() -> None:
@@ -143,8 +142,8 @@ def time_ratio(trial: "Trial", path: Path, tile: Any, rounds: int) -> float:
 
 @dataclass
 class Search:
-    """One entry on its way from its present tile to the best one, by the geometric mean over the calls that read it of
-    the time with a tile over that with the present one."""
+    """The search for one entry's best tile, from its present one. A tile's score is its time over the present tile's,
+    as a geometric mean over the calls that read the entry."""
 
     path: Path
     users: list[tuple["Case", bool]]
@@ -153,12 +152,12 @@ class Search:
     seen: set[Any] = field(default_factory=set)
 
     def candidates(self, most: int | None = None) -> list[Any]:
-        """The neighbours of the best tile that were not tried yet, at most ``most``; none: the search is over."""
+        """The untried neighbours of the best tile, at most ``most``. If there are none, the search is over."""
         self.seen.add(self.best)
         return [tile for tile in neighbours(self.best) if tile not in self.seen][:most]
 
     def step(self, trials: list["Trial"], tiles: list[Any], rounds: int) -> None:
-        """Times ``tiles`` and keeps the best; one that wins nothing ends the search."""
+        """Times ``tiles`` and keeps the best. A step that gains nothing ends the search."""
         start = self.best
         for tile in tiles:
             self.seen.add(tile)
@@ -172,7 +171,7 @@ class Search:
 
 
 def search(searches: list[Search], steps: int, rounds: int, most: int | None = None) -> Iterator[int]:
-    """Takes the entries' searches forward together, to their ends or ``steps``; yields after each step its number.
+    """Advances all searches together, to their ends or for ``steps`` steps. Yields each step's number after it.
 
     ``most`` limits the neighbours that are tried in a step.
     """
@@ -205,7 +204,7 @@ def compilers() -> Iterator[Any]:
 
 
 def _compile(candidate: tuple[Path, Any]) -> None:
-    """Runs what reads an entry once with a candidate: its kernels are in Triton's cache then, unless they fail."""
+    """Runs each trial that reads an entry once with a candidate, to cache its kernels, unless they fail."""
     path, tile = candidate
     for trial in _trials_that_read(path):
         with contextlib.suppress(Exception), override(path, tile):
@@ -221,7 +220,7 @@ def _trials_that_read(path: Path) -> list["Trial"]:
 
 
 def directions(cases: Iterator["Case"] | list["Case"]) -> list[tuple["Case", bool]]:
-    """Each case forward, and forward with backward where it trains."""
+    """Each case forward, and forward with backward if it trains."""
     return [(case, backward) for case in cases for backward in ((False, True) if case.training else (False,))]
 
 
@@ -244,7 +243,7 @@ def main() -> int:
     parser.add_argument("--table", action="append", help="name of a table in tuning.py; default: all")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes, in Triton's interpreter")
     parser.add_argument("--rounds", type=int, default=30, help="calls timed for each candidate and shape")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no step after so long")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no step after this many minutes")
     options = parser.parse_args()
     os.environ["DFN_KERNELS"] = "triton"
     if options.dry_run:
@@ -270,7 +269,7 @@ def main() -> int:
         minutes = (time.monotonic() - start) / 60
         print_tables({name: tables[name] for name in chosen}, searches, unread, f"step {number}, {minutes:.1f} minutes")
         if minutes > options.minutes:
-            print(f"# Stopped by --minutes {options.minutes:g}: not every entry has come to its end.")
+            print(f"# Stopped by --minutes {options.minutes:g}: not every search has ended.")
             break
     if options.dry_run:
         print("# A dry run: these times mean nothing, do not put the tables anywhere.")
@@ -286,7 +285,7 @@ def print_tables(tables: dict[str, Any], searches: list[Search], unread: list[Pa
     for found in searches:
         results[found.path[0]] = replaced(results[found.path[0]], found.path[1:], found.best)
     print(f"\n# {facts['device']}, torch {facts['torch']}, triton {facts['triton']}, {datetime.date.today()}, {when}")
-    print(f"# Not searched, for no shape reads them: {', '.join(map(str, unread)) or 'none'}")
+    print(f"# Not searched, because no shape reads them: {', '.join(map(str, unread)) or 'none'}")
     for found in searches:
         print(f"# {found.path}: {found.score:.3f} of the time of the tile before")
     for name, table in results.items():

@@ -1,4 +1,4 @@
-"""The convolutions that decide the speed, each on its own: what to do next is read off this table.
+"""The convolutions that decide the speed, each on its own. The table shows what to do next.
 
 ``pytest benchmarks/test_convolutions.py --benchmark-only``. Each distinct convolution of DFN-R101 with more than a
 hundredth of the arithmetic, channels_last: forward, gradient of the input, gradient of the weight; then channel counts
@@ -40,7 +40,7 @@ BY_DTYPE = [pytest.param(dtype, id=name_of(dtype), marks=[] if dtype == torch.fl
 
 
 def layers() -> list[Layer]:
-    """The distinct ones, those with the most arithmetic first; a pixel count is that of one image."""
+    """The distinct layers, those with the most arithmetic first; a pixel count is that of one image."""
     network = Network(height=SIDE, width=SIDE, one_head=False)
     work: dict[tuple[int, ...], int] = {}
     by_shape: dict[tuple[int, ...], Layer] = {}
@@ -160,7 +160,7 @@ def test_bias_and_relu(residual, dtype, benchmark, notes):
 
 @pytest.mark.parametrize("dtype", BY_DTYPE)
 def test_batch_norm_and_relu(dtype, benchmark, notes):
-    """Training's batch norm and ReLU, forward and backward: eager, and compiled. cuDNN's own serves float16 alone."""
+    """Training's batch norm and ReLU, forward and backward: eager, and compiled. cuDNN's own serves only float16."""
     x = torch.randn(BATCHES[-1] + 1, 256, SIDE // 4, SIDE // 4, device=DEVICE)
     x = x.to(dtype, memory_format=torch.channels_last).requires_grad_()
     norm = torch.nn.BatchNorm2d(256).to(DEVICE)
@@ -183,11 +183,11 @@ def test_batch_norm_and_relu(dtype, benchmark, notes):
     notes.append(f"{benchmark.group}: {speed_up:.2f} x as fast as eager, {found['gb_per_s']:.1f} GB/s")
 
 
-@pytest.mark.skipif(CPU, reason="a choice that cuDNN has")
+@pytest.mark.skipif(CPU, reason="only cuDNN has this choice")
 @pytest.mark.parametrize("batch", BATCHES)
 def test_choice_of_algorithms(batch, benchmark, notes):
-    """The table's convolutions in bf16, one after the other: cuDNN's algorithms found by trial, as training asks for,
-    and by its rules, as inference does."""
+    """The table's convolutions in bf16, one after the other, with cuDNN's algorithms found by trial, as in training,
+    and by its rules, as in inference."""
     calls = []
     for layer in layers():
         side_in, side_out = (round(pixels**0.5) for pixels in (layer.pixels_in, layer.pixels_out))

@@ -1,7 +1,7 @@
-"""The input path: what a worker of the loader does in a second.
+"""The input path: how much a worker of the loader does in a second.
 
-``pytest benchmarks/test_data.py --benchmark-only``. Real images where ``DFN_CAMVID`` names CamVid's folder, else images
-of that size made for the purpose, as PNG like CamVid's. The promise is 300 images/s on 12 cores, 25 a worker, with the
+``pytest benchmarks/test_data.py --benchmark-only``. Uses real images if ``DFN_CAMVID`` names CamVid's folder, otherwise
+synthetic ones of that size, as PNG like CamVid's. The promise is 300 images/s on 12 cores, 25 a worker, with the
 recipe's crop, flip, scales and border targets.
 """
 
@@ -78,7 +78,7 @@ def test_loader(camvid, benchmark, notes):
 
 @pytest.mark.parametrize("part", ["decode", "transform", "border target"])
 def test_part(camvid, part, benchmark):
-    """Where a sample's time goes. The transform has the border target in it."""
+    """Where a sample's time goes. The transform includes the border target."""
     config = recipe("camvid")
     transform = transform_of(config)
     sample = camvid[0]
@@ -92,7 +92,7 @@ def test_part(camvid, part, benchmark):
 
 
 def test_normalize(benchmark):
-    """What happens on the device with a batch of images."""
+    """The device's part: a batch of images is normalized."""
     images = torch.randint(256, (8, 3, 352, 480), dtype=torch.uint8, device=measure.DEVICE)
     images = images.contiguous(memory_format=torch.channels_last)
     benchmark.group = "normalize 8x352x480"

@@ -19,7 +19,7 @@ FORWARD = ("upsample_cross_entropy",)  # all that a short run takes of it: compi
 
 
 def trials() -> Iterator[Any]:
-    """Each case forward, and forward with backward where it trains."""
+    """Each case forward, and forward with backward if it trains."""
     for case in gpu_cases() if DEVICE.type == "cuda" else cpu_cases():
         for backward in (False, True) if case.training else (False,):
             marks = [pytest.mark.training if case.training else pytest.mark.inference]

@@ -1,7 +1,7 @@
-"""What one waits for before the first result: import, first step, compilation, graph capture.
+"""The wait before the first result: import, first step, compilation, graph capture.
 
 ``pytest benchmarks/test_startup.py --benchmark-only``. Each is measured in a process of its own, where nothing is
-loaded, compiled or captured yet; torch's own import is told apart. On a CPU a short run measures :data:`SHORT`.
+loaded, compiled or captured yet; torch's own import is timed separately. On a CPU a short run measures :data:`SHORT`.
 """
 
 import json

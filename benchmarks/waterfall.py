@@ -1,10 +1,10 @@
 """``python -m benchmarks.waterfall``: from the plain network to ours, one technique a row.
 
-Each row adds one to the row before it, from ``ReferenceDFN`` in eager float32; rows of torch.compile stand aside, for
-comparison. Measured are a training step, or inference from normalised images to log-probabilities: milliseconds
+Each row adds one to the row before it, from ``ReferenceDFN`` in eager float32; rows of torch.compile stand apart, for
+comparison. Measures a training step, or inference from normalised images to log-probabilities: milliseconds
 (median, the rows in turns), peak memory, and the largest difference of the output, as a share of its range in the first
-row. The precision is the one that training takes on this machine by default. The rows go to ``benchmarks/results/``,
-and from there into ``RESULTS.md`` by ``python -m benchmarks.report``.
+row. The precision is the one that training takes on this machine by default. The rows go to ``benchmarks/results/``;
+``python -m benchmarks.report`` puts them into ``RESULTS.md``.
 """
 
 import dataclasses
@@ -49,7 +49,7 @@ class Row:
 
 
 def with_savings(*names: str) -> Savings:
-    """Those of the savings alone."""
+    """Only the named savings."""
     return dataclasses.replace(NONE, **dict.fromkeys(names, True))
 
 
@@ -169,7 +169,7 @@ class Graphed(nn.Module):
 
 
 def calibrated(model: ReferenceDFN) -> ReferenceDFN:
-    """With running statistics that fit the random weights, so that scores are neither tiny nor huge."""
+    """The model with running statistics that fit the random weights, so that scores are neither tiny nor huge."""
     for layer in model.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.momentum = None
@@ -179,7 +179,7 @@ def calibrated(model: ReferenceDFN) -> ReferenceDFN:
 
 
 def those_that_fit(rows: list[Row]) -> tuple[list[Row], list[Tensor]]:
-    """The rows that have the memory that they need, and their outputs: taken once, as a step changes the weights."""
+    """The rows that fit into memory, and their outputs, taken only once because a step changes the weights."""
     fit, outputs = [], []
     for row in rows:
         try:
@@ -220,15 +220,15 @@ def main(argv: list[str] | None = None) -> int:
     parser = cli.Parser(
         prog="python -m benchmarks.waterfall",
         usage="%(prog)s [options]",
-        description="What each technique gives, in training and in inference.",
+        description="Measure what each technique gives, in training and in inference.",
     )
     add = parser.add_argument
     add("--only", choices=("training", "inference"), metavar="NAME", help="training or inference (default: both)")
-    add("--backbone", metavar="NAME", help="of the network")
-    add("--size", type=cli.size, metavar="SIZE", help="of the images, HxW")
-    add("--batch", type=int, metavar="N", help="images at once")
+    add("--backbone", metavar="NAME", help="backbone of the network")
+    add("--size", type=cli.size, metavar="SIZE", help="image size, HxW")
+    add("--batch", type=int, metavar="N", help="batch size")
     add("--amp", choices=("off", *HALVES), metavar="NAME", help="off, bf16 or fp16 (default: as in training)")
-    add("--compile-mode", choices=measure.COMPILE_MODES, metavar="NAME", help="of the row of torch.compile, on a GPU")
+    add("--compile-mode", choices=measure.COMPILE_MODES, metavar="NAME", help="mode of torch.compile, on a GPU")
     add("--rounds", type=int, default=7 if CPU else 20, metavar="N", help="how often each row is timed")
     arguments = parser.parse_args(argv)
     amp = arguments.amp or measure.default_amp()

@@ -15,7 +15,7 @@ from benchmarks.harness.measure import DEVICE, Case, tensors
 
 FEATURES = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 SCALES = (0.5, 0.75, 1, 1.5, 1.75)  # the paper's
-LERP = 8  # a bilinear sample: four products, and as many additions with that of what it is added to
+LERP = 8  # a bilinear sample: four products, three additions, and one to add it to another value
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -149,7 +149,7 @@ def gpu_cases() -> Iterator[Case]:
 
 
 def cpu_cases() -> Iterator[Case]:
-    """Small enough for a laptop, large enough that the time is not that of the calls."""
+    """Small enough for a laptop, large enough that the calls' own cost does not dominate."""
     yield channel_attention(2, 128, 64, 32, True)
     yield upsample_add(2, 128, 64, 32, True)
     yield cross_entropy(4, 21, 128, 512)

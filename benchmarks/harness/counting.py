@@ -35,9 +35,9 @@ class Layer:
 
 @dataclass(frozen=True)
 class Network:
-    """What is counted: constructor arguments of the network, its batch, and how it runs.
+    """The network to count: its constructor arguments, its batch, and how it runs.
 
-    ``savings`` counts FastDFN's composed convolutions; ``one_head`` the segmentation's head alone, as in inference.
+    ``savings`` counts FastDFN's composed convolutions; ``one_head`` only the segmentation's head, as in inference.
     """
 
     batch: int = 1
@@ -134,7 +134,7 @@ class Network:
 
 @dataclass(frozen=True)
 class Machine:
-    """What a machine can do, measured: operations and bytes a second."""
+    """A machine's measured peaks: operations and bytes a second."""
 
     flops: float
     bandwidth: float
@@ -144,7 +144,7 @@ H200 = Machine(788e12, 4.3e12)  # bf16, as DESIGN measured it
 
 
 def passes(layer: Layer, training: bool) -> int:
-    """How often a layer's arithmetic is done: backward, the gradients of weight and input; images have none."""
+    """How often a layer's arithmetic is done. Backward adds the gradients of weight and input; images have none."""
     return 1 if not training else 2 if layer.inputs == 3 else 3
 
 

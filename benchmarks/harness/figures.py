@@ -1,4 +1,4 @@
-"""What every row of a result carries: the spread of its times, and its shares of what the machine can do."""
+"""The figures of every result row: the spread of its times, and its shares of the machine's peaks."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ class Work:
         cls, run: Sequence[Network], least: Sequence[Network], dtype: torch.dtype, training: bool = False
     ) -> "Work":
         """One pass through each network of ``run``; the floor is that of ``least``, the same with every saving, so that
-        all implementations are held against one."""
+        all implementations are compared with one floor."""
         size = dtype.itemsize
         roof = Machine(machine.matrix_product(dtype), machine.copy_bandwidth())
         return cls(
@@ -57,7 +57,7 @@ def figures(seconds: Sequence[float], work: Work) -> dict[str, Any]:
 
 
 def spread(seconds: Sequence[float]) -> dict[str, float]:
-    """Milliseconds of the median call, and of those faster and slower than four of five."""
+    """Milliseconds of the median call, and the 20th and 80th percentiles."""
     shares = {"median_ms": 0.5, "p20_ms": 0.2, "p80_ms": 0.8}
     return {name: measure.percentile(seconds, share) * 1e3 for name, share in shares.items()}
 
@@ -66,7 +66,7 @@ def spread(seconds: Sequence[float]) -> dict[str, float]:
 class Turns:
     """The implementations of one group, each with the work that it does and the row that it fills.
 
-    Each is added once its result was checked; :meth:`time` then times all that are there in turns and fills their rows.
+    Each is added once its result has been checked; :meth:`time` then times all of them in turns and fills their rows.
     """
 
     calls: dict[str, Callable[[], Any]] = field(default_factory=dict)
@@ -78,8 +78,8 @@ class Turns:
         self.calls[name], self.works[name], self.rows[name] = call, work, row
 
     def time(self, a_call: float, budget: float = 5.0, least: int = 5, most: int = 30) -> None:
-        """Times all in turns, the last one added for about ``budget`` seconds, of which one call takes ``a_call``; its
-        row also says how much faster it is than each other. On a GPU each row gets the power that it draws."""
+        """Times all in turns, the last one added for about ``budget`` seconds; one call of it takes ``a_call``. Its row
+        also gets its speed-up over each other. On a GPU each row gets the power that it draws."""
         *others, ours = self.calls
         seconds = measure.alternate(self.calls, max(least, min(most, int(budget / a_call))))
         for name, row in self.rows.items():

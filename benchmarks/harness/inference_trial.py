@@ -25,7 +25,7 @@ SCALES = (0.5, 0.75, 1.0, 1.5, 1.75)
 NUM_CLASSES = 21
 OVERLAP = 1 / 3  # of neighbouring windows
 WINDOWS_AT_ONCE = 1 if DEVICE.type == "cpu" else 8
-SHORTFALL = 2e-2  # of the range of the log-probabilities: what a label may be worse than the best one
+SHORTFALL = 2e-2  # how far a label may fall below the best one, as a share of the log-probabilities' range
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Shape:
         return (False, True) if len(self.scales) > 1 else (False,)
 
     def windows(self) -> list[tuple[slice, slice]]:
-        """Rows and columns of each window; of the whole image where there are none."""
+        """Rows and columns of each window; of the whole image if there are none."""
         sides = [
             [slice(start, start + (self.window or n)) for start in window_starts(n, self.window or n, OVERLAP)]
             for n in (self.height, self.width)
@@ -60,7 +60,7 @@ class Shape:
         return list(itertools.product(*sides))
 
     def networks(self, **how: bool) -> list[Network]:
-        """What one call runs."""
+        """The networks that one call runs."""
         settings: dict[str, Any] = {"backbone": self.backbone, "num_classes": NUM_CLASSES, **how}
         if self.window:
             batch = self.batch * len(self.windows())
@@ -172,21 +172,21 @@ class InferenceTrial:
         return labels
 
     def work(self, implementation: str) -> Work:
-        """One call: the network alone. Theirs runs all four heads, of which one is read."""
+        """The work of one call, counting only the network. Theirs runs all four heads, of which one is read."""
         dtype = torch.float32 if implementation == "float32" else self.dtype
         least = self.shape.networks(savings=True)
         run = least if implementation == "ours" else self.shape.networks(one_head=False)
         return dataclasses.replace(Work.of_networks(run, least, dtype), images=self.shape.batch)
 
     def check(self, implementation: str) -> None:
-        """Raises AssertionError where a label is worse, in the reference's eyes, than rounding explains."""
+        """Raises AssertionError if the reference scores a label worse than rounding explains."""
         labels = torch.from_numpy(self.function(implementation)().astype(np.int64)).to(DEVICE)
         if self.expected is None:
             self.function("float32")()
             self.expected = self.scores
         chosen = self.expected.gather(1, labels[:, None])[:, 0]
         short = (self.expected.amax(1) - chosen).flatten()
-        worse = short[:: max(len(short) >> 22, 1)].quantile(0.99)  # which takes 2^24 numbers at the most
+        worse = short[:: max(len(short) >> 22, 1)].quantile(0.99)  # quantile takes at most 2^24 numbers
         allowed = SHORTFALL * (self.expected.max() - self.expected.min())
         assert worse <= allowed, (
             f"{self.name}, {implementation}: labels fall short by {worse:.3g}, allowed {allowed:.3g}"

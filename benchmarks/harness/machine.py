@@ -1,4 +1,4 @@
-"""What the machine is and can do: its facts, its measured ceilings, and on a GPU the power that a call draws."""
+"""The machine: its facts, its measured ceilings, and on a GPU the power that a call draws."""
 
 import functools
 import importlib
@@ -37,7 +37,7 @@ def matrix_product(dtype: torch.dtype) -> float:
 
 
 def ceilings() -> dict[str, float]:
-    """The roofs that the rows of a run are held against, measured in that run."""
+    """The roofs that the rows of a run are compared with, measured in that run."""
     roofs = {f"product_{name_of(dtype)}_tflop_per_s": matrix_product(dtype) / 1e12 for dtype in DTYPES}
     return {"copy_gb_per_s": copy_bandwidth() / 1e9, **roofs}
 
@@ -48,7 +48,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def environment() -> dict[str, Any]:
-    """What a result depends on: device, driver, power limit, versions, threads."""
+    """The facts that a result depends on: device, driver, power limit, versions, threads."""
     try:
         import triton
 
@@ -92,8 +92,8 @@ def _gpu_facts() -> dict[str, Any]:
 
 
 def power(call: Callable[[], Any], least: float = 1.0) -> dict[str, float]:
-    """Joules of a call, mean watts and the median clock of the SMs, over calls that fill ``least`` seconds: the GPU's
-    energy counter moves some ten times a second. Empty without a GPU, or with one that has no such counter."""
+    """Joules of a call, mean watts and the median clock of the SMs, over calls that fill ``least`` seconds, as the
+    GPU's energy counter moves only some ten times a second. Empty without a GPU or without such a counter."""
     found = _gpu()
     if found is None:
         return {}

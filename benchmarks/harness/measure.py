@@ -23,7 +23,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HAS_BF16 = DEVICE.type == "cuda" or onednn_takes_bf16()
 IMPLEMENTATIONS = ("eager", "compile", "ours")
 COMPILE_MODES = ("max-autotune", "default")
-# What torch.compile beside ours tries on a GPU; `--compile-mode` of the benchmarks changes it. A CPU has no modes.
+# The mode of torch.compile, which ours is compared with, on a GPU; `--compile-mode` changes it. A CPU has no modes.
 COMPILE_MODE = COMPILE_MODES[0] if DEVICE.type == "cuda" else None
 FLUSH_BYTES = 1 << 30
 
@@ -38,7 +38,7 @@ class Case:
     ours: Callable[..., Any]
     inputs: Callable[[], Sequence[Any]]
     forward_bytes: Callable[..., int]
-    forward_flops: Callable[..., int]  # backward, where there is one, counts twice as many
+    forward_flops: Callable[..., int]  # backward, if there is one, counts twice as many
     backward_bytes: Callable[..., int] | None = None  # None: the operator has no gradient
     training: bool = False
     memory_limit: float | None = None  # promised share of eager's peak memory, on a CPU
@@ -77,7 +77,7 @@ class Trial:
         return torch.compile(self.case.reference, dynamic=False, mode=mode)
 
     def run(self, implementation: str) -> Any:
-        """One call: the outputs, and behind them the gradients where the trial goes backward."""
+        """Runs one call. Returns the outputs, then the gradients if the trial goes backward."""
         function = self.functions[implementation]
         if not self.backward:
             with torch.no_grad():
@@ -99,7 +99,7 @@ class Trial:
         return self.case.forward_flops(*self.inputs) * (3 if self.backward else 1)
 
     def check(self, implementation: str) -> None:
-        """Raises AssertionError unless the implementation gives what eager gives: a mistake, not rounding, is sought.
+        """Raises AssertionError unless the implementation agrees with eager: this looks for mistakes, not rounding.
 
         Labels may differ where two classes tie up to rounding: in at most one pixel of a thousand.
         """
@@ -131,7 +131,7 @@ def _flush_buffer() -> Tensor:
 
 def flush_cache() -> None:
     """Empties the GPU's L2 cache by overwriting many times its size; returns before the GPU has done so, which gives
-    the host the time to launch what is to be measured."""
+    the host time to launch the call to be measured."""
     if DEVICE.type == "cuda":
         for _ in range(2):
             _flush_buffer().zero_()
@@ -174,8 +174,8 @@ def rounds_for(function: Callable[[], Any], budget: float = 1.0, least: int = 5,
 
 
 def peak_memory(function: Callable[[], Any], warm: bool = False) -> int:
-    """The most bytes allocated at one time during a call, beyond what was allocated before it. The call before it,
-    which fills caches, is left out where the function is ``warm``."""
+    """The most bytes allocated at one time during a call, beyond those before it. An earlier call fills caches, unless
+    the function is ``warm``."""
     return _memory(function, warm)[0]
 
 
@@ -185,7 +185,7 @@ def held_memory(function: Callable[[], Any]) -> int:
 
 
 def _memory(function: Callable[[], Any], warm: bool = False) -> tuple[int, int]:
-    """Bytes at the most, and at the end with the result still alive, beyond those before the call."""
+    """The peak of bytes, and those at the end with the result still alive, beyond those before the call."""
     if not warm:
         function()
     if DEVICE.type == "cuda":

@@ -13,8 +13,8 @@ UNTRACED = "?"  # the operand of an address that passed through memory
 def operand_accesses(ptx: str, arguments: list[str]) -> dict[str, dict[str, int]]:
     """Global accesses by pointer argument: ``{argument: {"load 16": count}}``, traced through the address arithmetic.
 
-    ``arguments`` are the names of the kernel's parameters in order, empty for one that is no pointer; further ones are
-    Triton's own. What was loaded from memory has no source: an index read from one operand does not name another.
+    ``arguments`` are the names of the kernel's parameters in order, empty if it is not a pointer; further ones are
+    Triton's own. A value from memory has no source: an index read from one operand does not name another.
     """
     sources: dict[str, set[str]] = defaultdict(set)
     accesses: list[tuple[str, str]] = []  # address register, "load 16"
@@ -56,7 +56,7 @@ def _access(opcode: str, operands: str) -> tuple[str, str] | None:
 
 
 def _roots(register: str, sources: dict[str, set[str]], arguments: list[str]) -> set[str]:
-    """Names of the pointer arguments that a register's value comes from; UNTRACED where it passed through memory."""
+    """Names of the pointer arguments that a register's value comes from; UNTRACED if it passed through memory."""
     seen, todo = {register}, [register]
     while todo:
         fresh = sources.get(todo.pop(), set()) - seen

@@ -20,7 +20,7 @@ TOLERANCE = {"off": 1e-4, "bf16": 2e-2}  # of the loss, relative
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """What is trained: a network and its batch."""
+    """A network to train, and its batch."""
 
     name: str
     config: TrainConfig
@@ -89,7 +89,7 @@ class TrainingTrial:
         return self.trainer(implementation).step([self.batch], 0)
 
     def check(self, implementation: str) -> None:
-        """Raises AssertionError unless the first step's loss is that of the reference in float32, or where that does
+        """Raises AssertionError unless the first step's loss is that of the reference in float32 or, if that does
         not fit into memory, of the next one that does."""
         while self.expected is None:
             try:
@@ -104,7 +104,7 @@ class TrainingTrial:
         assert abs(loss - self.expected) <= allowed, f"{self.name}, {implementation}: {loss}, expected {self.expected}"
 
     def work(self, implementation: str) -> Work:
-        """Forward, backward and update, the last without a count: operations and bytes of the convolutions."""
+        """A step's work: operations and bytes of the convolutions, forward and backward. The update is not counted."""
         config, K = self.shape.config, self.shape.num_classes
         names = ("backbone", "stem", "channels", "border_channels")
         settings: dict[str, Any] = {name: getattr(config, name) for name in names}

@@ -52,7 +52,7 @@ def draw(suites: dict[str, Rows], folder: Path, machine: dict[str, Any]) -> list
 
 
 def waterfall(axis: Axes, rows: Rows, kind: str) -> None:
-    """A bar a technique, from the plain network at the top; torch.compile, which stands aside, in its own colour."""
+    """One bar for each technique, from the plain network at the top; torch.compile stands apart in its own colour."""
     names = [row["implementation"] for row in rows]
     colours = [ASIDE if name.startswith("(") else THEIRS if name in PLAIN else OURS for name in names]
     values = [row["speed_up"] for row in rows]

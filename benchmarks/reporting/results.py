@@ -1,6 +1,6 @@
 """Result files: one JSON for each machine and date under ``benchmarks/results/``.
 
-Kept are the machine's facts and each row's figures; host names, paths and raw times are not.
+They keep the machine's facts and each row's figures, but no host names, paths or raw times.
 """
 
 import json
@@ -55,12 +55,12 @@ def implementation_of(benchmark: dict[str, Any]) -> str:
 
 
 def rounded(value: Any) -> Any:
-    """Four digits of a number: what the spread of times allows to read."""
+    """A number to four digits: the spread of times does not support more."""
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def machine_name(machine: dict[str, Any]) -> str:
-    """A folder's name for the machine: ``amd-epyc-avx2-2-cpus``, ``nvidia-h200``."""
+    """The name of a machine's folder: ``amd-epyc-avx2-2-cpus``, ``nvidia-h200``."""
     name = machine["device"]
     if "driver" not in machine:  # some makers give every generation of a CPU one name
         name += f" {machine.get('instructions', '')} {machine['cpus']} cpus"
@@ -82,7 +82,7 @@ def merge(machine: dict[str, Any], date: str, suites: dict[str, list[dict[str, A
 
 def with_newer(rows: list[dict[str, Any]], newer: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows of a suite after another run of it, perhaps in part: a group that ran again has only its new rows, in
-    its former place. Start-up is one group; each ``what`` of it is replaced for itself."""
+    its former place. Start-up is one group; each ``what`` of it is replaced by itself."""
 
     def by_group(of: list[dict[str, Any]]) -> dict[tuple[str, str | None], list[dict[str, Any]]]:
         groups: dict[tuple[str, str | None], list[dict[str, Any]]] = {}
@@ -108,7 +108,7 @@ def has_gpu(folder: Path) -> bool:
 
 
 def newest(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """A machine's facts, and each suite's ``rows``, of each group the newest, with the ``files`` that they are from."""
+    """A machine's facts, and for each suite the newest ``rows`` of each group, with the ``files`` they are from."""
     machine: dict[str, Any] = {}
     suites: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob("*.json")):

@@ -30,7 +30,7 @@ def summary(results: Path = RESULTS) -> list[str]:
 
 
 def rows(suites: dict[str, list[Row]]) -> list[list[str]]:
-    """The first groups of each kind, of a network's precisions the fastest."""
+    """The first groups of each kind, each network at its fastest precision."""
     lines: list[list[str]] = []
     kinds: dict[str, dict[str, dict[str, Row]]] = {kind: {} for kind in MOST}
     for suite in ("test_training_step", "test_inference"):

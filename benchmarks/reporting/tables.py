@@ -32,14 +32,14 @@ def figure(row: Row | None, name: str, form: str) -> str:
 
 
 def speed_up(value: float | None) -> str:
-    """How many times faster ours is; it says so if ours is slower."""
+    """How many times faster ours is; says so if ours is slower."""
     if value is None:
         return "-"
     return f"**{value:.2f} x, slower**" if round(value, 2) < 1 else f"{value:.2f} x"
 
 
 def share(row: Row, other: Row | None, name: str) -> str:
-    """A figure, such as memory, as a share of another row's; it says so if ours is more."""
+    """A figure, such as memory, as a share of another row's; says so if ours is more."""
     if not other or row.get(name) is None or not other.get(name):
         return "-"
     value = row[name] / other[name]
@@ -54,7 +54,7 @@ def milliseconds(row: Row) -> str:
 
 
 def with_power(header: list[str], lines: list[list[str]], rows: list[Row]) -> list[str]:
-    """The table, with columns for energy, power and clock where a row has them."""
+    """The table, with columns for energy, power and clock if a row has them."""
     if any("watts" in row for row in rows):
         header = [*header, *POWER]
         lines = [line + [figure(row, *how) for how in POWER.values()] for line, row in zip(lines, rows, strict=True)]
@@ -89,7 +89,7 @@ def inference_table(rows: list[Row]) -> list[str]:
 
 
 def operator_table(rows: list[Row]) -> list[str]:
-    """Those that are slower than ``torch.compile`` of their definition come first, and are marked."""
+    """The operators. Those slower than ``torch.compile`` of their definition come first, and are marked."""
     ours = [found["ours"] for found in by_group(rows).values() if "ours" in found]
     lines = []
     for row in sorted(ours, key=lambda row: -row.get("ratio_to_compile", 0)):
@@ -118,7 +118,7 @@ def waterfall_table(rows: list[Row]) -> list[str]:
 
 
 def scaling_table(rows: list[Row]) -> list[str]:
-    """The exponents alone; the points are in the file and in the picture."""
+    """Only the exponents; the points are in the file and in the picture."""
     found = [row for row in rows if row["implementation"] == "exponent"]
     lines = [
         [f"{row['group'].split(',')[0]}, {row['of']}", f"{row['time_exponent']:.2f}", f"{row['memory_exponent']:.2f}"]
@@ -160,7 +160,7 @@ def convolution_table(rows: list[Row]) -> list[str]:
 
 
 def learning_table(rows: list[Row]) -> list[str]:
-    """Two runs from the same weights, over the same images: what they learnt, and in which time."""
+    """Two runs from the same weights, over the same images: what they learnt, and in how much time."""
     lines = []
     for group in by_group(rows).values():
         ours = group.get("ours")
