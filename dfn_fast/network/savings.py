@@ -53,7 +53,7 @@ def round_up(n: int, multiple: int) -> int:
 
 def pad(weight: Tensor, *size: int) -> Tensor:
     """``weight`` with its first dimensions padded with zeros up to ``size``; unchanged if it has that size."""
-    missing = [n - have for n, have in zip(size, weight.shape, strict=False)]
+    missing = [n - weight.shape[i] for i, n in enumerate(size)]
     if not any(missing):
         return weight
     return F.pad(weight, [0] * (2 * (weight.ndim - len(size))) + [x for n in reversed(missing) for x in (0, n)])
