@@ -1,5 +1,5 @@
-"""Arrays as users have them: mirrored, of another library's memory order, read-only. No public call misreads or refuses
-one, and none writes to it."""
+"""Arrays as users have them: mirrored, in another library's memory order, or read-only. No public call may misread,
+refuse or overwrite one."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ def read_only(x: np.ndarray) -> np.ndarray:
     return x
 
 
-# Each gives the values of its argument, as another array.
+# Each returns the values of its argument in another layout.
 LAYOUTS = {
     "left to right": lambda x: x[:, ::-1].copy()[:, ::-1],
     "upside down": lambda x: x[::-1].copy()[::-1],
@@ -53,7 +53,7 @@ def image_and_label(layout: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def plain(x: np.ndarray) -> np.ndarray:
-    """x as most arrays are: in C order, writable."""
+    """A copy of x as most arrays are: in C order and writable."""
     return np.array(x, order="C")
 
 
@@ -96,7 +96,7 @@ def test_pictures(layout):
 
 
 class OneImage:
-    """A data set of a user's own, with one image that lies in memory as it likes."""
+    """A user's own data set with one image, which may have any memory layout."""
 
     name, split, classes = "mine", "val", ("a", "b", "c")
     num_classes = CLASSES

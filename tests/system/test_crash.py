@@ -1,4 +1,4 @@
-"""Runs that are killed, and runs whose folder fails them: what is left is whole, and resumed it ends the same."""
+"""Killed runs, and runs whose folder fails: their files stay whole, and a resumed run ends the same."""
 
 import errno
 import json
@@ -27,7 +27,7 @@ on_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="fork
 
 
 def kill(kills, folder):
-    """Runs kill_chain.py, which asserts that no bit changes. Returns what it counted."""
+    """Runs kill_chain.py, which asserts that no bit changes. Returns its counts."""
     command = [sys.executable, SUPPORT / "kill_chain.py", folder, str(kills), "0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -44,7 +44,7 @@ def test_ten_kills_change_no_bit(tmp_path):
 @on_linux
 @pytest.mark.timeout(1200)
 def test_a_hundred_kills_change_no_bit(tmp_path):
-    """Counts too that the kills were where they hurt."""
+    """Also checks that enough kills hit the critical moments."""
     found = kill(100, tmp_path)
     assert found["kills"] >= 100
     assert min(found[f"{kind} kills"] for kind in ("time", "file", "call")) >= 20
@@ -55,7 +55,7 @@ def test_a_hundred_kills_change_no_bit(tmp_path):
 
 @pytest.fixture
 def small(tmp_path):
-    """Trains into a folder below tmp_path by the command line: small("run", "--stop-after", "2"), exit code 0."""
+    """Trains into a folder below tmp_path by the command line: small("run", "--stop-after", "2"). Exit code 0."""
 
     def run(name, *words, code=0):
         folder = tmp_path / name
@@ -71,7 +71,7 @@ def small(tmp_path):
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
-    """The run of two epochs that nothing disturbed."""
+    """An undisturbed run of two epochs."""
     run = RunFolder(tmp_path_factory.mktemp("runs") / "straight")
     with small_runs():
         assert train.main([*SMALL_RUN.split(), "--epochs", "2", "--output-dir", str(run.path)]) == 0
@@ -79,7 +79,7 @@ def straight(tmp_path_factory):
 
 
 def damage(path):
-    """One bit of the largest tensor."""
+    """Flips one bit of the largest tensor."""
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
@@ -104,7 +104,7 @@ def test_a_damaged_last_checkpoint_is_named_and_the_one_before_continues(small, 
     error = capsys.readouterr().err
     assert f"{run.last}: this checkpoint " in error
     assert f"continuing from {run.previous}" in error
-    # The damaged file must not take the place of the one before: between two names there would be no whole one.
+    # The damaged file must not replace the one before: a kill between the two renames would leave no whole checkpoint.
     assert [read_file(path)["position"]["iteration"] for path in (run.previous, run.last)] == [3, 4]
     small("run", "--resume")
     assert differences(read_file(straight.last), read_file(run.last)) == []

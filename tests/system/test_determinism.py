@@ -1,4 +1,4 @@
-"""``--deterministic``: the same bits twice, of a run, its evaluation and its confusion matrix."""
+"""``--deterministic``: a run, its evaluation and its confusion matrix give the same bits twice."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def trained(folder, device, *words):
 
 
 def evaluated(run, device, number, monkeypatch):
-    """The report without its time, and the confusion matrix behind it."""
+    """The report without its time, and its confusion matrix."""
     matrices = []
 
     class Watched(ConfusionMatrix):
@@ -93,7 +93,7 @@ def test_every_way_to_run_on_a_gpu_gives_the_same_bits_twice(tmp_path, settings_
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_confusion_matrix_is_counted_by_deterministic_algorithms(device):
-    torch.use_deterministic_algorithms(True)  # an error where anything is not; the suite's fixture takes it back
+    torch.use_deterministic_algorithms(True)  # raises if an operator is not; the suite's fixture resets it
     generator = torch.Generator().manual_seed(0)
     labels, predictions = (torch.randint(0, 21, (2, 300, 400), generator=generator) for _ in range(2))
     expected = torch.zeros(21, 22, dtype=torch.int64)

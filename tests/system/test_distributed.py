@@ -1,4 +1,4 @@
-"""Two processes compute what one does: most checks share one pair of processes, which take long to start."""
+"""Two processes compute the same as one. Most checks share one pair of processes, which is slow to start."""
 
 import dataclasses
 import json
@@ -45,12 +45,12 @@ from support.tiny_resnet import tiny_backbones
 
 PAIR = [World(rank, 2, rank) for rank in range(2)]
 TINY = "camvid --data folder --root photos --backbone resnet18 --stem conv7 --channels 8 --border-channels 4 --crop 64"
-TINY += " --no-global-context"  # over four images that are much alike, its batch norm magnifies every rounding
+TINY += " --no-global-context"  # its batch norm over four similar images would magnify rounding
 TINY += " --batch-size 4 --lr 0.0002 --border-width 3 --workers 0 --log-every 1 --device cpu --scales 0.75 1"
 TINY += " --checkpoint-every 2 --epochs 2 --val-every 2"
 EVALUATION = ["two/last.pth", "--root", "photos", "--border", "--device", "cpu", "--json"]
-BATCH = 8  # of a whole step; a slice of one process has half of it
-STEPS = {"float32": 8}  # batch 3, whose first half has no valid pixel, is among them; of the others: 3
+BATCH = 8  # images in a whole step; each process gets half
+STEPS = {"float32": 8}  # includes batch 3, whose first half has no valid pixel; other cases: 3 steps
 CASES = {
     "float32": {},
     "accumulated": {"accumulate": 2},
@@ -70,7 +70,7 @@ FSDP_CASES = {
 
 
 def whole_batch(seed: int) -> Batch:
-    """Bright classes, and ignored pixels that are dealt out unevenly: the first half of batch 3 has no valid one."""
+    """Bright classes with unevenly distributed ignored pixels. The first half of batch 3 has no valid pixel."""
     generator = torch.Generator().manual_seed(seed)
     labels = (
         torch.randint(0, CLASSES, (BATCH, 6, 6), generator=generator).repeat_interleave(8, 1).repeat_interleave(8, 2)
@@ -101,7 +101,7 @@ def trainer_of(world: World, **settings):
 
 
 def losses_of(trainer, world: World, steps: int, first: int = 0) -> list[float]:
-    """The losses of a few steps, as a run would log them."""
+    """Trains a few steps. Returns their losses as a run would log them."""
     watch, passes = LossWatch(trainer), trainer.config.accumulate
     for i in range(first, first + steps):
         batches = [cut(whole_batch(passes * i + k), world) for k in range(passes)]
@@ -110,7 +110,7 @@ def losses_of(trainer, world: World, steps: int, first: int = 0) -> list[float]:
 
 
 def outcome(world: World, name: str) -> dict:
-    """What comes of a case. One process has nothing to shard."""
+    """Trains a case. Returns its losses and state. One process has nothing to shard."""
     settings = (CASES | FSDP_CASES)[name]
     trainer = trainer_of(world, **{**settings, "fsdp": "fsdp" in settings and world.size > 1})
     losses = losses_of(trainer, world, STEPS.get(name, 3))
@@ -119,16 +119,16 @@ def outcome(world: World, name: str) -> dict:
 
 
 def noisy(predictor: Predictor, image: np.ndarray) -> np.ndarray:
-    """In place of a network that has learnt too little: a third of the ground is predicted as blobs."""
+    """Replaces the network, which has learnt too little: predicts a third of the ground as blobs."""
     return (image[..., 0] > 40).astype(np.uint8)
 
 
 def no_pictures(*what) -> None:
-    """In place of curves and predictions, which take longer to draw than the runs to train."""
+    """Replaces the curves and predictions, which take longer to draw than the runs to train."""
 
 
 def photos(folder: Path) -> None:
-    """Twelve training and three validation images, with ignored pixels in all but the first."""
+    """Writes twelve training and three validation images, with ignored pixels in all but the first."""
     write_blobs(folder, 12, 3, step=2, ignored=3)
 
 
@@ -139,14 +139,14 @@ def free_port() -> int:
 
 
 def in_pair(rank: int, ports: list[int], folder: Path) -> None:
-    """All that needs two processes; the first writes what it found to found.pth."""
+    """Does everything that needs two processes. The first writes the results to found.pth."""
     with tiny_backbones():
         work_in_pair(rank, ports, folder)
 
 
 def work_in_pair(rank: int, ports: list[int], folder: Path) -> None:
     os.chdir(folder)
-    torch.set_num_threads(1)  # as torchrun has it: the same sums, to the last bit
+    torch.set_num_threads(1)  # as under torchrun, so that sums agree to the last bit
     environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost"}
     os.environ.update({name: str(value) for name, value in environment.items()})
     found = {}
@@ -162,7 +162,7 @@ def work_in_pair(rank: int, ports: list[int], folder: Path) -> None:
     RunFolder.log = writes[0]
     port()
     requested = StopRequest.requested
-    if rank == 1:  # one process alone is asked to stop
+    if rank == 1:  # only one process is asked to stop
         StopRequest.requested = property(lambda self: len(seen) > 2)
     seen, step = [], Run.show
     Run.show = lambda self, *words: (seen.append(self.position.iteration), step(self, *words))
@@ -198,7 +198,7 @@ def averaged(world: World) -> list[bool]:
 
 
 def nan_error(world: World) -> str:
-    """What each process says of a loss that is not finite in the second alone."""
+    """This process's error for a loss that is not finite in the second process only."""
     watch = LossWatch(trainer_of(world))
     watch.add(4, torch.tensor(float("nan") if world.rank else 1.0), [f"image {world.rank}"])
     with pytest.raises(NonFiniteLoss) as caught:
@@ -217,7 +217,7 @@ def refusal(world: World) -> str:
 
 
 def norm_inputs() -> tuple[torch.Tensor, torch.Tensor]:
-    """Features far from 0, where a mean of squares would lose its digits, and their output gradient."""
+    """Features so far from 0 that a mean of squares would lose its digits, and their output gradient."""
     generator = torch.Generator().manual_seed(0)
     shape = (4, 5, 7, 3)
     features = torch.randn(shape, generator=generator, dtype=torch.float64) * 3 + 1000
@@ -244,11 +244,11 @@ def norm_outputs(world: World) -> dict:
 
 
 def resumed(world: World) -> dict:
-    """A checkpoint of a plain run of one process, continued sharded."""
+    """Continues a checkpoint of an unsharded one-process run with sharding."""
     trainer = trainer_of(world, fsdp=True)
     trainer.load_state(torch.load("plain.pth", weights_only=True))
     losses = losses_of(trainer, world, 2, first=3)
-    whole = trainer.network()  # what validation takes: on every process
+    whole = trainer.network()  # the network that validation uses, whole on every process
     assert type(whole) is FastDFN
     state = trainer.state()
     assert world.is_first or not state["model"]
@@ -258,7 +258,7 @@ def resumed(world: World) -> dict:
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """The folder that two processes have worked in, what they found, and a run of one process beside theirs."""
+    """The folder of the two processes and their results. It also has a run of one process."""
     folder = tmp_path_factory.mktemp("pair")
     photos(folder / "photos")
     trainer = trainer_of(ALONE)
@@ -277,7 +277,7 @@ def pair(tmp_path_factory):
 
 
 def largest_difference(a: dict, b: dict) -> float:
-    """Of two state dicts, relative to the largest value of each tensor."""
+    """The largest difference between two state dicts, relative to the largest value of each tensor."""
     assert a.keys() == b.keys()
     return max(float((a[n].double() - b[n].double()).abs().max() / b[n].double().abs().max().clamp(min=0.1)) for n in b)
 
@@ -364,7 +364,7 @@ def test_checkpoints_go_from_plain_to_sharded_and_back(pair):
     losses = losses_of(plain, ALONE, 2, first=3)
     assert found["resumed"]["losses"] == pytest.approx(losses, rel=1e-5)
     assert found["resumed"]["same"]
-    # The sharded run's checkpoint, in a plain one: all weights and momenta are there.
+    # The sharded run's checkpoint loads into a plain trainer with all weights and momenta.
     again = trainer_of(ALONE)
     again.load_state({**plain.state(), **{key: found["resumed"][key] for key in ("model", "optimizer")}})
     expected = losses_of(plain, ALONE, 2, first=5)
@@ -373,7 +373,7 @@ def test_checkpoints_go_from_plain_to_sharded_and_back(pair):
 
 
 def worker_of(agent: int, rank: int) -> int:
-    """The process id of a worker of torchrun."""
+    """The process id of a torchrun worker."""
     children = Path(f"/proc/{agent}/task/{agent}/children").read_text().split()
     return next(int(pid) for pid in children if f"\0RANK={rank}\0" in Path(f"/proc/{pid}/environ").read_text())
 
@@ -389,13 +389,13 @@ def train_in_pair(rank: int, port: int, folder: Path) -> None:
         assert main([*TINY.split(), "--output-dir", "two"]) == 0
 
 
-@pytest.mark.slow  # torchrun, and seven processes that import PyTorch
+@pytest.mark.slow  # starts torchrun, and seven processes import PyTorch
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the worker in /proc")
 def test_a_killed_worker_is_started_again_and_changes_no_bit(tmp_path):
     photos(tmp_path / "photos")
     torch.multiprocessing.start_processes(train_in_pair, (free_port(), tmp_path), nprocs=2, start_method="spawn")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
-    command += ["-m", "support.tiny_train", *TINY.split()]  # the folder is the default one, and stays it
+    command += ["-m", "support.tiny_train", *TINY.split()]  # the default folder, which a restart must not change
     process = subprocess.Popen(
         command,
         cwd=tmp_path,
@@ -406,7 +406,7 @@ def test_a_killed_worker_is_started_again_and_changes_no_bit(tmp_path):
     )
     try:
         last = tmp_path / "runs" / "camvid" / "last.pth"
-        # The checkpoint of iteration 2 takes the name of the start's.
+        # Saving iteration 2 renames the first checkpoint to previous.pth.
         while not last.with_name("previous.pth").exists():
             assert process.poll() is None, process.communicate()[1]
             time.sleep(0.01)
@@ -417,14 +417,14 @@ def test_a_killed_worker_is_started_again_and_changes_no_bit(tmp_path):
     assert process.returncode == 0, err
     assert os.listdir(tmp_path / "runs") == ["camvid"]
     assert "goes on from iteration 2" in out
-    assert out.count("training FastDFN") == 2  # the first process alone says it, each time
+    assert out.count("training FastDFN") == 2  # only the first process prints it, once per start
     killed, undisturbed = (read_file(path)["model"] for path in (last, tmp_path / "two" / "last.pth"))
     assert [name for name in killed if not torch.equal(killed[name], undisturbed[name])] == []
 
 
 @pytest.fixture
 def agent_store(monkeypatch):
-    """The store of a torchrun agent whose one worker this process is."""
+    """The store of a torchrun agent with this process as its only worker."""
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     monkeypatch.setenv("MASTER_ADDR", "localhost")
@@ -449,7 +449,7 @@ def test_another_runs_folder_is_not_continued_by_a_restart(agent_store, tmp_path
     monkeypatch.chdir(tmp_path)
     photos(tmp_path / "photos")
     RunFolder("other").start(TrainConfig())
-    for _ in range(2):  # torchrun would try again
+    for _ in range(2):  # torchrun would retry
         with pytest.raises(ConfigError, match="holds a run already"):
             main([*TINY.split(), "--output-dir", "other"])
     assert Agent().folder() is None
@@ -463,7 +463,7 @@ def test_shards_of_an_epoch_cover_its_batches_once(size):
 
     def keys(share: slice) -> list:
         loader = TrainLoader(dataset, transform, batch_size=6, seed=1, workers=0, share=share)
-        loader._loader = []  # the order alone: nothing is drawn
+        loader._loader = []  # only the order is tested: no sample is drawn
         list(loader.epoch(3, 1))
         return loader._keys
 

@@ -1,4 +1,4 @@
-"""The examples run as they are: the three scripts in a folder of their own, the notebook from its first cell on."""
+"""The examples run as they are: the three scripts, each in an empty folder, and the notebook from its first cell."""
 
 import json
 import os
@@ -18,7 +18,7 @@ EXAMPLES = ROOT / "examples"
 
 @pytest.fixture
 def run(monkeypatch, tmp_path):
-    """Runs a script of the examples as a command, in an empty folder."""
+    """Runs an example script as a command, in an empty folder."""
     monkeypatch.chdir(tmp_path)
 
     def call(name, *words):
@@ -71,10 +71,10 @@ def test_the_notebook_runs_from_its_first_cell_on(monkeypatch, tmp_path):
     pytest.importorskip("ipykernel", reason='ipykernel is missing: pip install -e ".[test]"')
     import nbformat
 
-    # The kernel imports this checkout, be it installed or not.
+    # The kernel imports this checkout, whether or not it is installed.
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "kernels")]))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # threads that wait for one another take long if other tests run too
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # threads that wait for one another are slow while other tests run
     notebook = nbformat.read(EXAMPLES / "walkthrough.ipynb", as_version=4)
     resources = {"metadata": {"path": str(tmp_path)}}
     nbclient.NotebookClient(notebook, timeout=240, kernel_name="python3", resources=resources).execute()

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the limits on time and memory are POSIX")
-# The short range has both outcomes of each kind, which is rare among safetensors.
+# The short range has both outcomes of each kind. For safetensors that is rare.
 @pytest.mark.parametrize("cases", [range(1200, 1600), pytest.param(range(3000), marks=pytest.mark.slow)], ids=len)
 def test_every_broken_file_is_read_or_refused_by_name(cases):
     command = [sys.executable, ROOT / "tests" / "support" / "broken_files.py", "all", f"{cases.start}:{cases.stop}"]
@@ -25,7 +25,7 @@ def test_every_broken_file_is_read_or_refused_by_name(cases):
     assert done.returncode == 0, "\n".join([f"{len(failures)} cases failed", done.stdout[:5000]])
     counts = summary["counts"]
     assert sum(sum(count.values()) for count in counts.values()) == len(cases)
-    # Both outcomes occur: the changes are neither too wild to get anywhere nor too tame to be noticed.
+    # Both outcomes occur: the changes are neither so wild that all fail nor so mild that none does.
     assert {kind for kind, count in counts.items() if not count["refused"]} == set()
     assert {kind for kind, count in counts.items() if not count["read"]} == {"code", "network"}
     assert summary["grown"] <= MEMORY

@@ -1,4 +1,4 @@
-"""The house keeps its plan: which room may import which, no circle, no import inside a function to dodge one."""
+"""The code keeps its plan: which room may import which, no import cycles, no imports in functions to avoid one."""
 
 import ast
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ ROW_OF = {room: number for number, rooms in enumerate(ROWS) for room in rooms}
 
 
 def modules(package: str) -> dict[str, Path]:
-    """Every module of a package by its name; a room's ``__init__`` has the room's name."""
+    """Every module of a package by name. A room's ``__init__`` has the room's name."""
     folder = PACKAGES[package]
     found = {}
     for path in folder.rglob("*.py"):
@@ -42,7 +42,7 @@ MODULES = {name: path for package in PACKAGES for name, path in modules(package)
 
 
 def imports(path: Path, inside_functions: bool = False) -> Iterator[str]:
-    """The modules of ours that a file imports: all of them, or those named inside a function or under a condition."""
+    """Our modules that a file imports: all of them, or only those imported inside a function or under a condition."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if inside_functions and node in tree.body:
@@ -56,7 +56,7 @@ def imports(path: Path, inside_functions: bool = False) -> Iterator[str]:
 
 
 def room(module: str) -> str:
-    """The room of a module; the package itself, whose names are for users, is the topmost."""
+    """The room of a module. The package itself, whose names are for users, is the topmost room."""
     package, *rest = module.split(".")
     return package if package != "dfn_fast" or not rest else rest[0]
 
@@ -85,7 +85,7 @@ def test_no_file_imports_itself_by_way_of_others(package):
         pytest.fail(f"a circle: {' -> '.join(error.args[1])}")
 
 
-# search_blocks.py of the benchmarks sets Triton's interpreter first, by its option.
+# Benchmarks are left out: search_blocks.py must first set Triton's interpreter, by its option.
 @pytest.mark.parametrize("module", sorted(name for name in MODULES if not name.startswith("benchmarks.")))
 def test_every_import_of_ours_stands_at_the_top_of_its_file(module):
     assert list(imports(MODULES[module], inside_functions=True)) == []

@@ -1,4 +1,4 @@
-"""What a newcomer meets first: the import, the commands and their help."""
+"""First contact: the import, the commands and their help."""
 
 import importlib
 import re

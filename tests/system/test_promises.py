@@ -1,4 +1,4 @@
-"""docs/promises.md is the table of the tests that there are."""
+"""docs/promises.md lists the tests that exist."""
 
 import pytest
 import torch
