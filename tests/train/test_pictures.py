@@ -1,4 +1,4 @@
-"""The pictures of a run: their panels, and what they leave out."""
+"""The pictures of a run: their panels, and what is omitted."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ CLASSES = ("_background_", "car", "$tree$")
 
 @pytest.fixture
 def figures(monkeypatch):
-    """The figures that are drawn."""
+    """A list of the figures that are drawn."""
     drawn: list[Figure] = []
     draw = pictures.pixels
     monkeypatch.setattr(pictures, "pixels", lambda figure: drawn.append(figure) or draw(figure))

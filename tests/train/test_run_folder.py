@@ -33,9 +33,9 @@ def test_metrics_later_than_the_checkpoint_are_forgotten(tmp_path):
         folder.log({"kind": "train", "epoch": iteration // 10, "iteration": iteration, "loss": float("nan")})
         folder.log({"kind": "val", "epoch": iteration // 10, "iteration": iteration})
     with folder.metrics_file.open("a") as file:
-        file.write('{"kind": "tra')  # cut short by a power failure
+        file.write('{"kind": "tra')  # truncated by a power failure
     with folder.metrics_file.open("ab") as file:
-        file.write(b"\xf0\x9f")  # within a character
+        file.write(b"\xf0\x9f")  # truncated within a character
     (tmp_path / ".last.pth.1.tmp").write_text("half a checkpoint")
     folder.forget_after(20, epochs=1)
     assert [(r["kind"], r["iteration"]) for r in folder.metrics()] == [("train", 10), ("val", 10), ("train", 20)]

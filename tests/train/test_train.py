@@ -60,7 +60,7 @@ def tiny(photos, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def undisturbed(photos, tmp_path_factory):
-    """A run from its start to its end, pictures included, and what it printed."""
+    """An undisturbed run, pictures included, and its output."""
     folder, printed = tmp_path_factory.mktemp("runs") / "undisturbed", io.StringIO()
     with contextlib.redirect_stdout(printed):
         assert main(["camvid", *TINY.split(), "--root", str(photos), "--output-dir", str(folder)]) == 0
@@ -205,9 +205,9 @@ def test_what_cannot_be_trained_is_said_before_anything_is_written(tiny, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")  # runpy's, of what is imported above
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")  # from runpy, about the imports above
 def test_a_user_error_has_no_traceback(tmp_path, monkeypatch, capsys):
-    """What ``python -m dfn_fast.train`` runs, in this process."""
+    """Runs ``python -m dfn_fast.train`` in this process."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train", "camvid", "--root", "nowhere"])
     with pytest.raises(SystemExit) as stopped:
@@ -221,8 +221,8 @@ def test_a_user_error_has_no_traceback(tmp_path, monkeypatch, capsys):
 
 
 def test_accumulated_gradients_are_the_mean(tiny):
-    """Two equal batches accumulated are one batch: the average, not the sum."""
-    # With one image size and no augmentation, an epoch of the same two images repeated gives equal batches.
+    """Accumulating two equal batches gives the result of one batch: the average, not the sum."""
+    # With one image size and no augmentation, an epoch of two repeated images gives equal batches.
     from dfn_fast.config import TrainConfig
     from dfn_fast.data.loader import Batch
     from dfn_fast.trainer.build import build_model
@@ -270,13 +270,13 @@ def test_a_worker_that_dies_or_hangs_ends_the_run_with_its_sample(tiny, photos, 
 
 
 def test_a_worker_that_dies_during_a_step_ends_the_run_by_name_too(tiny, monkeypatch):
-    others = multiprocessing.active_children()  # of tests before
+    others = multiprocessing.active_children()  # left by earlier tests
 
     def step(*_):
         for worker in multiprocessing.active_children():
             if worker not in others:
                 os.kill(worker.pid, signal.SIGKILL)
-        time.sleep(60)  # PyTorch raises here, at the signal that a child has died
+        time.sleep(60)  # PyTorch raises here, on the signal that a child has died
 
     monkeypatch.setattr(Trainer, "step", step)
     with pytest.raises(DataError, match="a loading process has died"):

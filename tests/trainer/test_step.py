@@ -33,7 +33,7 @@ def gradients(loss_fn, trainer, batch):
     return loss.detach(), {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}
 
 
-# On a CPU these work on scores of a few channels in an order of their own, rows before columns.
+# On a CPU these process scores of few channels in their own order, rows before columns.
 OWN_ORDER = (
     "dfn_kernels::upsample_cross_entropy >",
     "dfn_kernels::upsample_focal_loss >",
@@ -43,13 +43,13 @@ OWN_ORDER = (
 
 @pytest.fixture
 def few_scenes(monkeypatch):
-    """Synthetic data of twelve training and two validation images."""
+    """Limits the synthetic data to twelve training and two validation images."""
     monkeypatch.setattr("dfn_fast.data.datasets.synthetic.LENGTHS", {"train": 12, "val": 2})
 
 
 @pytest.fixture(scope="module", autouse=True)
 def narrow():
-    """The published ResNet-18 would take most of the time."""
+    """Narrows the backbones: the published ResNet-18 would take most of the time."""
     with narrow_backbones(resnet18=1):
         yield
 
@@ -80,7 +80,7 @@ def test_a_change_of_layout_is_seen():
 
 @pytest.mark.parametrize(
     "backend",
-    # Inductor on the smallest network alone: it calls a C++ compiler for each fused kernel.
+    # Inductor on the smallest network only: it calls a C++ compiler for each fused kernel.
     ["aot_eager", pytest.param("inductor", marks=[pytest.mark.slow, pytest.mark.timeout(900)])],
 )
 def test_the_compiled_step_is_one_graph_and_the_same_numbers(backend):
@@ -108,7 +108,7 @@ def test_the_compiled_step_is_one_graph_and_the_same_numbers(backend):
 
 
 def test_inductor_keeps_channels_last_where_a_convolution_narrows():
-    """What it would do on a GPU, asked of its own heuristic: a CPU's graph is always channels_last."""
+    """Asks Inductor's own heuristic what it would do on a GPU. On a CPU the graph is always channels_last."""
     from torch._inductor import config
     from torch._inductor.graph import GraphLowering
     from torch._subclasses import FakeTensorMode
@@ -123,7 +123,7 @@ def test_inductor_keeps_channels_last_where_a_convolution_narrows():
 
 
 def test_a_run_compiles_once(tmp_path, monkeypatch, few_scenes):
-    """Two epochs with their validations, and a profile in the second: one graph, from the first step on."""
+    """Two epochs with validations, and a profile in the second, use one graph from the first step."""
     graphs = []
 
     def counting(graph, inputs):
@@ -155,7 +155,7 @@ def test_compiling_is_the_default_on_cuda_alone():
 
 
 class Reads(TorchDispatchMode):
-    """Counts what a GPU would have to be waited for: values of tensors that come to the host."""
+    """Records each read of tensor values by the host, which would wait for a GPU."""
 
     def __init__(self):
         super().__init__()
@@ -170,7 +170,7 @@ class Reads(TorchDispatchMode):
 
 @pytest.fixture
 def reads(monkeypatch):
-    """A list that grows with every read; ``tolist`` and ``numpy`` do not pass the dispatcher on a CPU."""
+    """A list that grows with every read. ``tolist`` and ``numpy`` bypass the dispatcher on a CPU and are patched."""
     monkeypatch.setattr("dfn_fast.network.losses.readable", lambda labels: False)  # as on a GPU
     with Reads() as mode:
         for name in ("tolist", "numpy", "cpu", "__array__"):
@@ -214,7 +214,7 @@ def test_losses_are_read_every_nth_iteration(tmp_path, reads, monkeypatch, few_s
     reads.clear()
     run.train_epoch(Silent(), Silent())
     assert [entry for entry in log if entry[0] == "step"] == [("step", i, 0) for i in range(7)]
-    assert [i for i, entry in enumerate(log) if entry[0] == "read"] == [3, 7, 9]  # after steps 3, 6 and 7, the last
+    assert [i for i, entry in enumerate(log) if entry[0] == "read"] == [3, 7, 9]  # after steps 3, 6 and 7 (the last)
     assert reads == ["tolist"] * 3
 
 
@@ -258,7 +258,7 @@ def test_gradients_are_gone_after_a_step():
 
 
 def test_the_fused_update_is_sgd():
-    """Against the formula: momentum 0.9, weight decay on every weight, the poly policy's rate."""
+    """Compares with the formula: momentum 0.9, weight decay on every weight, the poly policy's rate."""
     trainer, batch = tiny_trainer(weight_decay=0.01), tiny_batch()
     assert trainer.optimizer.param_groups[0]["fused"]
     parameters, update = dict(trainer.model.named_parameters()), trainer.optimizer.step
@@ -281,7 +281,7 @@ def test_the_fused_update_is_sgd():
 
 
 def test_a_checkpoint_of_another_kind_of_update_continues(tmp_path):
-    """Earlier runs updated by foreach, and a momentum may lie in another order in memory than its weight."""
+    """Earlier runs used the foreach update, and a momentum may have another memory layout than its weight."""
     first, batch = tiny_trainer(), tiny_batch()
     first.step([batch], 0)
     torch.save(first.state(), tmp_path / "last.pth")
@@ -323,13 +323,13 @@ def overflowing(trainer, steps):
 
 
 def with_scaler(trainer):
-    """As in fp16, in float32: what the scaler does depends on the gradients alone."""
+    """Adds fp16's loss scaler in float32: its behaviour depends only on the gradients."""
     trainer.scaler = torch.amp.GradScaler(trainer.device.type, init_scale=2.0**16)
     return trainer
 
 
 def watched_steps(trainer, count, *, position=None, every=1):
-    """Steps, their losses read after each ``every``-th; yields the position after each."""
+    """Trains ``count`` steps and reads the losses after every ``every`` steps. Yields the position after each step."""
     batch = tiny_batch((32, 32))
     position = position or Position()
     watch = LossWatch(trainer, position)
@@ -355,7 +355,7 @@ def test_steps_that_overflow_are_skipped_and_counted():
 @pytest.mark.parametrize("every", [1, 5])
 def test_too_many_skipped_in_a_row_stop_the_run_with_a_diagnosis(every):
     trainer = with_scaler(tiny_trainer())
-    trainer.amp, trainer.autocast = torch.float16, contextlib.nullcontext  # for the advice
+    trainer.amp, trainer.autocast = torch.float16, contextlib.nullcontext  # so that the error advises on fp16
     overflowing(trainer, range(3, 1000))
     position, done = Position(), 0
     with pytest.raises(NonFiniteLoss) as error:
@@ -370,7 +370,7 @@ def test_too_many_skipped_in_a_row_stop_the_run_with_a_diagnosis(every):
 
 
 def test_a_first_step_that_is_skipped_leaves_no_trace():
-    """PyTorch's fused update would begin with momenta that nothing wrote (nan here, by the suite's fixture)."""
+    """PyTorch's fused update would start from uninitialised momenta (nan here, by the suite's fixture)."""
     skipping, plain = with_scaler(tiny_trainer()), tiny_trainer()
     overflowing(skipping, {0})
     skipping.step([tiny_batch((32, 32))], 0)
@@ -378,7 +378,7 @@ def test_a_first_step_that_is_skipped_leaves_no_trace():
     plain.model.load_state_dict(statistics, strict=False)
     for trainer in (skipping, plain):
         trainer.step([tiny_batch((32, 32))], 1)
-    # A power of two scales without rounding, so that even the momenta are equal bit for bit.
+    # Scaling by a power of two does not round, so even the momenta are equal bit for bit.
     for (name, p), q in zip(skipping.model.named_parameters(), plain.model.parameters(), strict=True):
         assert torch.equal(p, q), name
 
@@ -431,7 +431,7 @@ def test_skipped_steps_are_in_log_metrics_summary_and_checkpoint(tmp_path, few_s
 
 
 def test_fp16_on_a_cpu_skips_and_recovers():
-    """The real thing, which the command line leaves to GPUs: float16 overflows at 65504."""
+    """Real fp16, which the command line allows only on GPUs: float16 overflows at 65504."""
     trainer = tiny_trainer()
     trainer.amp = trainer.loss.dtype = torch.float16
     trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, backoff_factor=2.0**-30)
