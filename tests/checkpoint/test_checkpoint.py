@@ -1,4 +1,4 @@
-"""Checkpoint files are read without running code, and one that is damaged or hostile is named."""
+"""Checkpoint files are read without running code, and errors name a damaged or hostile file."""
 
 import os
 import pickle
@@ -15,7 +15,7 @@ from dfn_fast.errors import CheckpointError
 
 
 class RunsCode:
-    """Unpickled, it makes the folder that it names."""
+    """Creates its folder when it is unpickled."""
 
     def __init__(self, folder):
         self.folder = str(folder)
@@ -33,7 +33,7 @@ def flat(value):
 
 @pytest.mark.parametrize("harm", ["bit", "zeros"])
 def test_damage_anywhere_is_named_or_harmless(tmp_path, harm):
-    """A bit of each 37th byte of the file, in tensors, pickle and the archive's own tables; 64 zeros in each 64th."""
+    """Flips a bit of every 37th byte, or zeroes each run of 64 bytes: in tensors, pickle and the archive's tables."""
     content = {"model": {name: torch.randn(40, 7) for name in "abc"}, "position": {"iteration": 7, "loss": 0.25}}
     path = tmp_path / "run.pth"
     save_atomic(content, path)
@@ -50,7 +50,7 @@ def test_damage_anywhere_is_named_or_harmless(tmp_path, harm):
             assert flat(read_file(path)) == expected, i
         except CheckpointError as error:
             named += str(error).startswith(f"{path}: ")
-    assert named > 0.6 * len(places)  # the rest is padding, and what the archive says twice
+    assert named > 0.6 * len(places)  # the rest is padding, or stored twice in the archive
 
 
 def test_a_changed_tensor_is_named_and_plain_torch_load_would_not_have_seen_it(tmp_path):

@@ -1,4 +1,4 @@
-"""Networks from checkpoint files: ours, other people's, and files that ask for what they should not get."""
+"""Networks from checkpoint files: our own, other people's, and hostile ones."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ def narrow():
 
 
 def small_dfn(num_classes=4, **settings):
-    """A small network whose norm layers and biases are not as initialisation leaves them."""
+    """A small network whose norm layers and biases differ from their initial values."""
     torch.manual_seed(num_classes)
     model = ReferenceDFN(num_classes, **{**SMALL, **settings})
     for tensor in model.state_dict().values():
@@ -88,7 +88,7 @@ def test_bare_weights_give_the_same_network(tmp_path, suffix):
 
 
 def test_the_authors_checkpoint_loads(tmp_path):
-    """The form of the authors' trainer: wrapped by DistributedDataParallel, below 'model', with the optimiser."""
+    """A file of the authors' trainer: DistributedDataParallel's names under 'model', with the optimiser."""
     model = small_dfn()
     state = {f"module.{name}": tensor for name, tensor in model.state_dict().items()}
     path = tmp_path / "epoch-last.pth"
@@ -154,7 +154,7 @@ def test_configuration_is_inferred_from_names_and_shapes(backbone, stem):
             config = {"num_classes": 13, **settings, **{name: name != off for name in ablations}}
             inferred = infer_arguments(ReferenceDFN(**config).state_dict())
             if off == "border":
-                config["border_channels"] = 21  # nothing in the file tells, and nothing depends on it
+                config["border_channels"] = 21  # not in the file, and nothing depends on it
             assert inferred == config
 
 
@@ -178,7 +178,7 @@ def test_a_configuration_that_cannot_be_inferred_is_an_error(change, text):
 
 
 def expanded(shape, dtype=torch.float32):
-    """One number in the file, and any number of them in memory once they are asked for."""
+    """A tensor that stores one number in the file, but any number in memory once it is copied."""
     return torch.zeros((), dtype=dtype).expand(shape)
 
 
@@ -218,7 +218,7 @@ def test_a_network_that_a_file_asks_for_is_checked_before_it_is_built(tmp_path, 
 
 
 def watch_networks(monkeypatch):
-    """The list of networks that are built from now on, but for those without memory."""
+    """A list of the networks built from now on, except on the meta device."""
     built = []
     init = ReferenceDFN.__init__
 

@@ -1,4 +1,4 @@
-"""``save_pretrained`` and ``from_pretrained``: what goes in comes out, and what does not belong together is refused."""
+"""``save_pretrained`` and ``from_pretrained``: networks survive the round trip, and inconsistent files are refused."""
 
 import json
 
@@ -20,7 +20,7 @@ PALETTE = torch.arange(15, dtype=torch.uint8).view(5, 3).numpy()
 
 @pytest.fixture(scope="module", autouse=True)
 def narrow():
-    """The published ResNet-18 and 50 would take most of the time."""
+    """Narrows the backbones: the published ResNet-18 and 50 would take most of the time."""
     with narrow_backbones():
         yield
 
@@ -78,7 +78,7 @@ def test_the_files_hold_contiguous_tensors_of_published_names_and_shapes(model, 
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
     state = safetensors.torch.load_file(folder / "model.safetensors")
     assert {n: t.shape for n, t in state.items()} == {n: t.shape for n, t in model.state_dict().items()}
-    # A reader that knows nothing of layouts finds the elements in order of their indices.
+    # A reader that does not know memory formats finds the elements in index order.
     data = (folder / "model.safetensors").read_bytes()
     name = "smooth_aft_rrbs.0.cbr.conv.weight"
     begin, end = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])[name]["data_offsets"]
@@ -103,7 +103,7 @@ def test_load_model_takes_the_folder(model, folder):
 
 
 def test_a_criterion_is_not_saved_and_can_be_given(tmp_path):
-    criterion = nn.CrossEntropyLoss(weight=torch.rand(3))  # has a tensor in the network's state dict
+    criterion = nn.CrossEntropyLoss(weight=torch.rand(3))  # adds a tensor to the network's state dict
     model = random_dfn(3, FastDFN, criterion=criterion).float()
     model.save_pretrained(tmp_path)
     assert "criterion.weight" not in safetensors.torch.load_file(tmp_path / "model.safetensors")

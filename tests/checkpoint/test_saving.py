@@ -1,4 +1,4 @@
-"""Checkpoint files are written whole or not at all."""
+"""Checkpoint files are written completely or not at all."""
 
 import contextlib
 import errno
@@ -44,7 +44,7 @@ def test_what_could_not_be_read_back_is_not_written(tmp_path, value):
 
 @contextlib.contextmanager
 def files_of_at_most(size):
-    """Within it, a file of this process grows to ``size`` bytes and no further, as on a full disk."""
+    """Limits the files of this process to ``size`` bytes in this context, as on a full disk."""
     resource = pytest.importorskip("resource", reason="the limit on a file's size is POSIX")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
@@ -101,7 +101,7 @@ def test_the_file_is_on_disk_before_it_takes_the_name(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda handle: (calls.append("fsync"), fsync(handle)))
     monkeypatch.setattr(os, "replace", lambda *paths: (calls.append("replace"), replace(*paths)))
     save_atomic({"iteration": 1}, tmp_path / "run.pth")
-    assert calls == ["fsync", "replace", "fsync"]  # the last one: the folder's
+    assert calls == ["fsync", "replace", "fsync"]  # the last one syncs the folder
 
 
 def test_what_had_the_name_before_is_kept(tmp_path):

@@ -1,4 +1,4 @@
-"""Weights into models: names with and without prefixes, what does not fit, ImageNet weights by file and by name."""
+"""Loading weights: names with and without prefixes, misfits, and ImageNet weights by file and by name."""
 
 import hashlib
 import re
@@ -17,7 +17,7 @@ from dfn_fast.network.reference import ReferenceDFN
 
 
 class Net(nn.Module):
-    """Every kind of tensor that the networks have, in two layers with a name each."""
+    """Two named layers with every kind of tensor that the networks have."""
 
     def __init__(self, width=6):
         super().__init__()
@@ -183,7 +183,7 @@ def test_weights_are_not_saved_under_an_unknown_suffix(tmp_path):
 
 
 def imagenet_state(depth, stem):
-    """A state dict as published for a classifier: the backbone's own names, and ``fc``."""
+    """A state dict as published for a classifier: the backbone's names and ``fc``."""
     with torch.device("meta"):
         backbone = ResNet(depth, stem)
     state = random_state(backbone)
@@ -229,7 +229,7 @@ def test_a_stem_of_other_widths_fails_with_both_shapes(tmp_path):
 
 @pytest.fixture
 def published(tmp_path, monkeypatch):
-    """A stand-in for the published resnet18: a file whose name holds its hash, and an empty download folder."""
+    """A stand-in for the published resnet18: a file with its hash in its name, and an empty download folder."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(torch.hub, "_hub_dir", None)
     state = imagenet_state("resnet18", "conv7")
@@ -248,7 +248,7 @@ def test_weights_by_name_are_fetched_checked_and_kept(published, tmp_path):
         assert not load_backbone(backbone, "resnet18")
         assert_equal_states(backbone.state_dict(), without_fc(state))
         assert (tmp_path / "home" / "hub" / "checkpoints" / file.name).exists()
-        file.unlink(missing_ok=True)  # the second time comes from the kept copy
+        file.unlink(missing_ok=True)  # the second load uses the cached copy
 
 
 def test_a_download_with_another_hash_is_refused(published, tmp_path, monkeypatch):

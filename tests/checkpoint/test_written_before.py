@@ -24,7 +24,7 @@ WRITTEN = Path(__file__).with_name("written_before")
 
 
 class NarrowResNet(ResNet):
-    """Four channels and two stages that do something: the files stay small."""
+    """Four channels and only two non-empty stages, to keep the files small."""
 
     def __init__(self, depth, stem, norm_layer):
         nn.Module.__init__(self)
@@ -52,7 +52,7 @@ def written_log_probabilities():
 
 @torch.no_grad()
 def log_probabilities(model):
-    """Of every second pixel of an image that needs no file."""
+    """Log-probabilities at every second pixel of a computed image."""
     return model(torch.linspace(-40, 40, 3 * 40 * 33).sin().view(1, 3, 40, 33))[..., ::2, ::2]
 
 

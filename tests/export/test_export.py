@@ -115,9 +115,8 @@ def test_a_program_gives_what_the_model_gives(model, checkpoint, here, options, 
 
 
 @needs_any_size
-@pytest.mark.parametrize(
-    "labels", [pytest.param(False, marks=pytest.mark.slow), True], ids=["log-probabilities", "labels"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("labels", [False, True], ids=["log-probabilities", "labels"])
 def test_onnx_runtime_gives_what_the_model_gives_at_any_size(model, checkpoint, here, labels, capsys):
     onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
     options = ["--labels"] if labels else []

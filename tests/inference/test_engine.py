@@ -22,7 +22,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 def test_auto_takes_bf16_if_the_cpu_has_it_and_labels_stay(picture, monkeypatch, supported, changes):
     model, image = random_model(), picture(64, 64)
     nn.init.constant_(model.smooth_heads[3].conv.weight, 0)
-    if changes:  # two classes that differ by what bf16 rounds away
+    if changes:  # two classes whose difference is lost in bf16 rounding
         head = model.smooth_heads[3].conv
         with torch.no_grad():
             head.weight.copy_(torch.randn_like(head.weight[:1]) * (1 + 1e-4 * torch.randn_like(head.weight)))
@@ -59,7 +59,7 @@ def test_compiled_gives_the_same(picture):
 
 
 def test_graphs_bucket_and_warm_up(model, picture, monkeypatch):
-    """As on CUDA, with a graph that is none: one for each size, padded sizes cut out again."""
+    """As on CUDA, but with stand-in graphs: one for each padded size, and outputs are cropped."""
     device = torch.device("cpu")
     monkeypatch.setattr(Predictor, "_wants_graphs", lambda self: True)
     monkeypatch.setattr(inference, "CudaGraphs", lambda device: StandIn())
@@ -88,7 +88,7 @@ def test_on_a_gpu_labels_are_those_of_the_cpu(picture, window):
     expected = Predictor(model, **settings)(image)
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         predictor = Predictor(random_model(), device="cuda", **settings)
-        for _ in range(3):  # eager, captured and replayed
+        for _ in range(3):  # eager, capture, replay
             assert (predictor(image) != expected).mean() < 1e-3
     many = predictor([image, image[:, ::-1], picture(64, 64)])
     assert [labels.shape for labels in many] == [(90, 71), (90, 71), (64, 64)]
@@ -109,7 +109,7 @@ def test_on_a_gpu_one_upload_and_one_download(picture):
 
 
 def test_too_little_memory_for_a_batch_takes_half(model, picture, monkeypatch):
-    """Here more than two images at once do not fit."""
+    """Batches of more than two images run out of memory here."""
     images = [picture(40, 50 + i % 2) for i in range(8)]
     expected = [Predictor(model)(image) for image in images]
     sizes, stages = [], FusedDFN.stages
@@ -121,7 +121,7 @@ def test_too_little_memory_for_a_batch_takes_half(model, picture, monkeypatch):
         return stages(self, data)
 
     predictor = Predictor(model, batch=4)
-    assert predictor.network.dtype == torch.float64  # made, and compared with the model, while memory suffices
+    assert predictor.network.dtype == torch.float64  # built and compared with the model while memory suffices
     monkeypatch.setattr(FusedDFN, "stages", small)
     for ours, alone in zip(predictor(images), expected, strict=True):
         np.testing.assert_array_equal(ours, alone)
@@ -138,7 +138,7 @@ def test_too_little_memory_says_what_to_do(model, picture, monkeypatch):
 
 
 def test_several_threads_share_a_predictor(model, picture):
-    """At its first calls too, when the network is made."""
+    """Also on the first calls, which build the network."""
     images = [picture(40 + i, 50) for i in range(8)]
     expected = [Predictor(model, flip=True)(image) for image in images]
     predictor, found = Predictor(model, flip=True), {}

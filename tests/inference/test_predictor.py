@@ -1,4 +1,4 @@
-"""The predictor against the same meaning written as plain loops, in float64."""
+"""The predictor against the same computation in plain float64 loops."""
 
 import math
 
@@ -42,11 +42,11 @@ def test_scales_and_mirror_images_are_averaged_as_probabilities(model, picture, 
     probabilities = Predictor(model, scales=(0.75, 1, 1.5), flip=flip).probabilities(image)
     assert probabilities.dtype == torch.float32
     np.testing.assert_allclose(probabilities, np.mean(expected, axis=0), rtol=0, atol=1e-6)
-    assert np.ptp(np.stack(expected), axis=0).max() > 0.01  # the scales do not agree by chance
+    assert np.ptp(np.stack(expected), axis=0).max() > 0.01  # the scales really differ
 
 
 def test_many_images_of_any_size(model, picture):
-    """A list, in its order, equal sizes in one run of the network; nothing for nothing."""
+    """A list keeps its order, equal sizes run as one batch, and an empty list gives an empty list."""
     images = [picture(40, 50), picture(33, 64), picture(40, 50)[::-1], picture(40, 50)]
     for batch, runs in ((2, [2, 1, 1]), (None, [1, 1, 1, 1])):
         predictor = Predictor(model, scales=(1, 1.3), batch=batch)
@@ -101,7 +101,7 @@ def test_border_is_the_last_border_score(model, picture):
     x = torch.from_numpy(normalised(image).transpose(2, 0, 1).copy())[None]
     with torch.no_grad():
         expected = torch.sigmoid(model.scores(x).border[-1][0, 0])
-    border = Predictor(model, scales=(0.5, 2), flip=True).border(image)  # scale 1 whatever the scales
+    border = Predictor(model, scales=(0.5, 2), flip=True).border(image)  # borders use scale 1, whatever the scales
     assert border.dtype == np.float32
     np.testing.assert_allclose(border, expected, rtol=0, atol=1e-6)
     assert np.ptp(border) > 0.01
@@ -117,7 +117,7 @@ def test_modes_of_the_modules_are_left_as_they_were(model, picture):
     image = picture(32, 40)
     expected = Predictor(model).probabilities(image)
     model.train()
-    model.backbone.bn1.eval()  # as a user does who freezes it
+    model.backbone.bn1.eval()  # as a user who freezes it does
     before = [module.training for module in model.modules()]
     probabilities = Predictor(model).probabilities(image)
     after = [module.training for module in model.modules()]
@@ -183,7 +183,7 @@ def test_description_names_scales_flip_and_window(model, settings, text):
 
 
 def test_a_batch_of_no_images_is_an_error(model):
-    """There is nothing to decide a precision on; an empty list has an empty answer."""
+    """It has no image to choose the precision with. An empty list has an empty result."""
     predictor = Predictor(model)
     with pytest.raises(ValueError, match=r"expected an RGB image \[H, W, 3\] of uint8, got .*\[0, 40, 40, 3\]"):
         predictor(torch.zeros(0, 40, 40, 3, dtype=torch.uint8))

@@ -1,4 +1,4 @@
-"""Windows and the authors' rule against the same meaning written as plain loops, in float64."""
+"""Sliding windows and the authors' rule against the same computation in plain float64 loops."""
 
 import os
 import threading
@@ -19,7 +19,7 @@ from support.plain_predictions import K, gaussian, normalised, resized, scaled, 
 @pytest.mark.parametrize("flip", [False, True])
 def test_windows_are_averaged(model, picture, flip, weight, batch):
     image = picture(60, 81)  # at scale 1.5: 90 x 122 (121.5 rounded to even), neither a multiple of the stride
-    window, stride, scale = (48, 64), (32, 43), 1.5  # a third of overlap
+    window, stride, scale = (48, 64), (32, 43), 1.5  # windows overlap by a third
     x = normalised(scaled(image, scale))
     H, W = x.shape[:2]
     assert (H, W) == (90, 122)
@@ -48,7 +48,7 @@ def test_windows_are_averaged(model, picture, flip, weight, batch):
 
 @pytest.mark.parametrize("settings", [{"window": 40}, {"window": 36, "rule": "torchseg"}], ids=["mean", "torchseg"])
 def test_bands_are_the_whole(model, picture, settings, monkeypatch):
-    """Put together a few rows at a time, which is how large images are."""
+    """Assembling a few rows at a time, as for large images, gives the whole result."""
     image, settings = picture(60, 47), {"scales": (0.7, 1, 1.4), "flip": True, **settings}
     whole = Predictor(model, **settings).probabilities(image)
     for rows in (1, 7):
@@ -57,17 +57,16 @@ def test_bands_are_the_whole(model, picture, settings, monkeypatch):
 
 
 def test_a_large_image_takes_bounded_memory(monkeypatch):
-    """A strip of a large image at 150 classes, whose probabilities alone would be 370 MB.
+    """A strip of a large image with 150 classes, whose probabilities alone would take 370 MB.
 
-    Memory beyond the network's own does not grow with the height. The network is a stand-in that costs nothing, as its
-    own needs do not count.
+    Memory beyond the network's own does not grow with the height. The network is a stand-in that needs almost none.
     """
     monkeypatch.setattr(combine, "BAND_BYTES", 1 << 23)
     image = np.zeros((600, 1024, 3), np.uint8)
     model = ReferenceDFN(150, backbone="resnet18", channels=8, border=False)
     predictor = Predictor(model, window=256, amp="off", batch=4)
     predictor.engine.scores = lambda x: x[:, :1, ::4, ::4] * torch.arange(150.0).view(1, 150, 1, 1)
-    assert predictor.network.num_classes == 150  # made before memory is looked at
+    assert predictor.network.num_classes == 150  # built before memory is measured
     with Peak() as peak:
         labels = predictor(image)
     assert labels.shape == (600, 1024)
@@ -75,7 +74,7 @@ def test_a_large_image_takes_bounded_memory(monkeypatch):
 
 
 class Peak:
-    """The most resident memory that the process had inside, beyond that before."""
+    """Measures the peak of resident memory in this context, above that at its start."""
 
     def __enter__(self):
         self.before, self.most, self.stop = self.now(), 0, threading.Event()
@@ -110,7 +109,7 @@ def test_a_window_of_the_images_size_changes_nothing(model, picture, scale):
 
 @pytest.mark.parametrize("window", [64, (64, 48), (40, 500)])
 def test_a_window_larger_than_the_image_changes_nothing(model, picture, window):
-    """On one side or on both: each side of the window is cut to that of the image."""
+    """On one side or on both: each side of the window is clipped to that of the image."""
     image = picture(40, 45)
     whole = Predictor(model, scales=(1, 0.8), flip=True).probabilities(image)
     windowed = Predictor(model, scales=(1, 0.8), flip=True, window=window).probabilities(image)

@@ -10,7 +10,7 @@ from dfn_fast.network.backbone import ResNet, initialise
 
 DEPTHS = ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
 BLOCKS = {"resnet18": (2, 2, 2, 2), "resnet50": (3, 4, 6, 3)}
-# torchvision's published totals, less the classifier (513,000 after 512 channels, 2,049,000 after 2048).
+# torchvision's published totals without the classifier (513,000 after 512 channels, 2,049,000 after 2048).
 CONV7_PARAMETERS = {
     "resnet18": 11_689_512 - 513_000,
     "resnet34": 21_797_672 - 513_000,
@@ -32,7 +32,7 @@ def norm(name, channels):
 
 
 def published_shapes(depth, stem):
-    """Names and shapes by torchvision's rule; timm's "s" variants differ in the stem alone."""
+    """Names and shapes by torchvision's rule. timm's "s" variants differ only in the stem."""
     bottleneck = depth != "resnet18"
     if stem == "deep":
         shapes = {"conv1.0.weight": (64, 3, 3, 3), "conv1.3.weight": (64, 64, 3, 3), "conv1.6.weight": (128, 64, 3, 3)}
@@ -82,9 +82,9 @@ def test_parameter_counts_are_torchvisions(depth):
 def test_the_deep_stem_adds_its_own_parameters_and_nothing_else(depth):
     stem = 3 * 64 * 9 + 64 * 64 * 9 + 64 * 128 * 9 + 2 * (64 + 64 + 128) - (3 * 64 * 49 + 2 * 64)
     if depth in ("resnet18", "resnet34"):
-        first_block = 64 * 64 * 9 + 128 * 64 + 2 * 64  # 64 inputs more, and a projection that conv7 does not need
+        first_block = 64 * 64 * 9 + 128 * 64 + 2 * 64  # 64 more inputs, and a projection that conv7 does not need
     else:
-        first_block = 64 * 64 + 64 * 256  # 64 inputs more in conv1 and in the projection
+        first_block = 64 * 64 + 64 * 256  # 64 more inputs in conv1 and in the projection
     count = sum(p.numel() for p in on_meta(depth, "deep").parameters())
     assert count == CONV7_PARAMETERS[depth] + stem + first_block
 

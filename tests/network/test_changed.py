@@ -1,4 +1,4 @@
-"""Networks whose modules were changed after they were built: every network computes what the changed plain one does."""
+"""Networks whose modules are changed after construction: every network computes the same as the changed plain one."""
 
 import copy
 
@@ -23,7 +23,7 @@ def narrow():
 
 
 class Lora(nn.Module):
-    """A convolution with a low-rank update beside it, as adapters have it."""
+    """A convolution with a low-rank update beside it, as in adapters."""
 
     def __init__(self, conv):
         super().__init__()
@@ -36,14 +36,14 @@ class Lora(nn.Module):
 
 
 class Doubled(nn.ReLU):
-    """An activation of the same class, but for its name."""
+    """A subclass of ReLU that computes something else."""
 
     def forward(self, x):
         return 2 * super().forward(x)
 
 
 class Scaled(nn.BatchNorm2d):
-    """A batch norm that computes something else."""
+    """A subclass of BatchNorm2d that computes something else."""
 
     def forward(self, x):
         return 0.5 * super().forward(x)
@@ -194,7 +194,7 @@ def test_as_built_every_block_takes_the_fast_path():
 
 
 def test_hooks_fire_in_every_network(data):
-    """Grad-CAM, attention vectors: on CABs, gates, RRBs and heads."""
+    """Hooks as for Grad-CAM and attention vectors: on CABs, gates, RRBs and heads."""
     for network in (ReferenceDFN, FastDFN):
         model, seen = changed(network), []
         for name in ("cabs.2", "cabs.3.channel_attention", "smooth_pre_rrbs.0", "smooth_aft_rrbs.3", "smooth_heads.3"):

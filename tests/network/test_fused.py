@@ -1,4 +1,4 @@
-"""FusedDFN against the network that it was made of: the same in float64, close in float32, the same labels in bf16."""
+"""FusedDFN against its source network: the same in float64, close in float32, nearly the same labels in bf16."""
 
 import copy
 import dataclasses
@@ -27,14 +27,14 @@ STEPS = 60
 
 @pytest.fixture(scope="module", autouse=True)
 def narrow():
-    """The published ResNet-18 and 50 would take most of the time."""
+    """Narrows the backbones: the published ResNet-18 and 50 would take most of the time."""
     with narrow_backbones():
         yield
 
 
 @pytest.fixture(params=["direct", "winograd"])
 def algorithm(request, monkeypatch):
-    """At these sizes Winograd's would not be chosen."""
+    """Forces Winograd's algorithm in one case: it would not be chosen at these sizes."""
     if request.param == "winograd":
         monkeypatch.setattr(tuning, "winograd_tile", lambda *shape, **options: 4)
 
@@ -67,7 +67,7 @@ def test_float32_is_within_1e_4_of_the_range(settings, size, plain, algorithm):
 
 @torch.no_grad()
 def test_oneDNN_and_winograd_are_reached():  # noqa: N802
-    """On a CPU in float32: each convolution keeps its weight as one of the two wants it, and uses it again."""
+    """On a CPU in float32, each convolution packs its weight for one of the two and reuses it."""
     model = ReferenceDFN(3, backbone="resnet18", channels=256, border=False).eval()
     fused, data = FusedDFN(model), torch.randn(1, 3, 128, 128)
     fused(data)
@@ -114,7 +114,7 @@ def test_copies(clone):
 
 @torch.no_grad()
 def test_another_dtype_takes_other_packed_weights():
-    """What was kept for float32 must not serve bfloat16."""
+    """Weights packed for float32 must not be used for bfloat16."""
     model, data = ReferenceDFN(3, backbone="resnet18", channels=16).eval(), torch.randn(1, 3, 40, 48)
     fused = FusedDFN(model)
     fused(data)
@@ -167,7 +167,7 @@ def test_errors_say_what_is_missing():
 
 @pytest.mark.slow
 def test_bf16_keeps_more_labels_than_autocast_does():
-    """On weights that have been trained for a while; PyTorch's own bf16 is what ours is held against."""
+    """With briefly trained weights, our bf16 changes no more labels than PyTorch's own."""
     config = dataclasses.replace(recipe("synthetic"), amp="off", batch_size=8, compile=False)
     train, val = (build_dataset("synthetic", None, split) for split in ("train", "val"))
     torch.manual_seed(0)
@@ -194,7 +194,7 @@ def test_bf16_keeps_more_labels_than_autocast_does():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @torch.no_grad()
 def test_on_a_gpu(dtype):
-    """cuDNN's fused calls, whatever the memory of their output held: it is full of nan before each run."""
+    """cuDNN's fused calls must not read old output memory, which is filled with nan before each run."""
     model = random_dfn().eval()
     data = batch((64, 96))[0]
     expected = model(data)
@@ -244,7 +244,7 @@ def test_a_weight_is_kept_for_few_sizes_however_many_come(monkeypatch, one_layou
 
 @pytest.mark.parametrize("cpu", ["this one", "without bf16"])
 def test_fused_conv_on_a_cpu(monkeypatch, cpu):
-    """Each combination of bias, residual and ReLU, in both precisions that oneDNN serves, against float64."""
+    """Compares each combination of bias, residual and ReLU with float64, in both precisions that oneDNN supports."""
     from dfn_kernels.convolution.fused_conv import Packed, fused_conv, fused_conv_ref
 
     if cpu != "this one":

@@ -1,4 +1,4 @@
-"""The losses: against PyTorch's own, against formulas written out in float64, and at the ends of the number range."""
+"""The losses against PyTorch's own and against explicit float64 formulas, and at the ends of the number range."""
 
 import math
 
@@ -43,7 +43,7 @@ def test_cross_entropy_is_pytorchs_mean_over_valid_pixels(shape, dtype):
     batch, classes, *size = shape
     scores = (3 * torch.randn(shape, dtype=torch.float64)).requires_grad_()
     labels = labels_with_ignored((batch, *size), classes)
-    labels[0, 0, 0] = classes - 1  # one valid pixel at least
+    labels[0, 0, 0] = classes - 1  # at least one valid pixel
     expected = F.cross_entropy(scores, labels, ignore_index=255)
     loss = cross_entropy(scores, labels.to(dtype))
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
@@ -69,7 +69,7 @@ def test_cross_entropy_of_half_precision_scores_is_computed_in_float32(dtype):
 
 
 def focal_formula(logits, targets, alpha, gamma):
-    """Eq. 4 pixel by pixel from probabilities, in Python's floats."""
+    """Eq. 4 pixel by pixel from probabilities, in Python floats."""
     terms = []
     for logit, target in zip(logits.flatten().tolist(), targets.flatten().tolist(), strict=True):
         if target == 255:
@@ -152,7 +152,7 @@ def test_torchseg_focal_loss_is_finite_in_half_precision():
     assert torch.isfinite(gradient(loss, logits)).all()
 
 
-# What all share
+# Behaviour common to all
 
 
 @pytest.mark.parametrize("loss", [cross_entropy, focal_loss, torchseg_focal_loss])

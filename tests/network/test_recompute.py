@@ -30,7 +30,7 @@ def kept():
 
 @pytest.mark.parametrize("mode", ["norm", "blocks"])
 def test_what_is_computed_again_has_the_same_bits(mode, kept):
-    """Loss, gradients, and running statistics that moved once."""
+    """Compares losses, gradients and running statistics, which must be updated only once."""
     again = one_pass(mode)
     assert again.keys() == kept.keys()
     assert [name for name in kept if not torch.equal(kept[name], again[name])] == []
@@ -48,7 +48,7 @@ def test_it_is_one_graph_when_compiled(mode):
 
 
 def kept_bytes(mode):
-    """Most that lives at once in the forward pass, which ends with all that is kept for the backward pass."""
+    """Peak memory of the forward pass, which ends with everything that is kept for the backward pass."""
     trainer, batch = tiny_trainer(blocks=4), tiny_batch((96, 96))
     set_recompute(trainer.model, mode)
     trainer.model.train()

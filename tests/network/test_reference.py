@@ -1,5 +1,5 @@
 """ReferenceDFN: its names, shapes and counts, its forward pass and loss against a second transcription, its ablations,
-and what a program written for the authors' ``DFN`` expects of it."""
+and compatibility with programs written for the authors' ``DFN``."""
 
 import copy
 import itertools
@@ -25,7 +25,7 @@ from support.transcription import Transcription
 
 @pytest.fixture(scope="module", autouse=True)
 def narrow():
-    """The published ResNet-18 and 50 would take most of the time."""
+    """Narrows the backbones: the published ResNet-18 and 50 would take most of the time."""
     with narrow_backbones():
         yield
 
@@ -45,7 +45,7 @@ def norm(name, channels):
 
 
 def published_shapes(num_classes, channels, border_channels, stages):
-    """The names and shapes of the authors' checkpoints outside the backbone, whose maps have ``stages`` channels."""
+    """Names and shapes in the authors' checkpoints outside the backbone, whose feature maps have ``stages`` channels."""
     shapes = {"global_context.1.conv.weight": (channels, stages[3], 1, 1)} | norm("global_context.1.bn", channels)
     for i in range(4):
         shapes |= rrb(f"smooth_pre_rrbs.{i}", stages[3 - i], channels)
@@ -64,7 +64,7 @@ def published_shapes(num_classes, channels, border_channels, stages):
 
 @pytest.fixture(scope="module")
 def published():
-    """DFN-R101 with 21 classes, without memory."""
+    """DFN-R101 with 21 classes on the meta device."""
     with torch.device("meta"):
         return ReferenceDFN(21)
 
@@ -90,8 +90,8 @@ def rrb_parameters(inputs, outputs):
 
 
 def test_each_ablation_has_the_parameters_of_its_parts():
-    """DFN-R101 at 21 classes; the backbone is torchvision's 42,500,160 with the deep stem's 137,088 for its 9,536 and
-    the 20,480 of 64 more inputs to the first block."""
+    """DFN-R101 with 21 classes. The backbone is torchvision's 42,500,160, with the deep stem's 137,088 instead of 9,536
+    and 20,480 for 64 more inputs to the first block."""
     stages, c, k, b = (256, 512, 1024, 2048), 512, 21, 21
     backbone = 42_500_160 + (9 * (3 * 64 + 64 * 64 + 64 * 128) + 2 * 256 + 64 * 64 + 64 * 256) - (49 * 3 * 64 + 128)
     head = rrb_parameters(c, 9 * k) + 9 * k * k + k
@@ -186,11 +186,11 @@ def test_an_image_that_is_too_small_or_not_rgb_is_an_error(shape):
         model(torch.empty(shape, device="meta"))
 
 
-# In the place of the authors' DFN
+# As a replacement for the authors' DFN
 
 
 class Recorder(nn.Module):
-    """A criterion with a parameter of its own that writes down what it sees."""
+    """A criterion that has its own parameter and records its inputs."""
 
     def __init__(self):
         super().__init__()
@@ -217,7 +217,7 @@ def test_criteria_that_are_given_see_full_size_scores_and_the_labels_as_they_are
 
 
 def test_optimisers_that_sort_parameters_by_module_type_find_each_once():
-    """The authors' recipe: weights of convolutions and linear layers decay, biases and norm layers do not."""
+    """In the authors' recipe, weights of convolutions and linear layers decay; biases and norm layers do not."""
     model = ReferenceDFN(5, nn.CrossEntropyLoss(ignore_index=255), norm_layer=nn.BatchNorm2d, **SMALL)
     assert isinstance(model.backbone, nn.Module)
     assert isinstance(model.business_layer, list)
@@ -247,7 +247,7 @@ def test_a_copy_is_equal_and_independent():
 
 
 def test_syncbatchnorm_takes_the_place_of_batchnorm():
-    """Same names, same numbers; a batch of one is not refused: other processes may have more."""
+    """Same names, same numbers. A batch of one is accepted, because other processes may have more."""
     plain, sync = random_dfn().eval(), random_dfn(norm_layer=nn.SyncBatchNorm).eval()
     assert not any(isinstance(m, nn.BatchNorm2d) for m in sync.modules())
     sync.load_state_dict(plain.state_dict())

@@ -1,4 +1,4 @@
-"""What both networks refuse alike, and what a drop-in must survive."""
+"""Errors that both networks share, and uses that a drop-in replacement must support."""
 
 import os
 
@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 from dfn_fast import FastDFN, ReferenceDFN
 from dfn_fast.checkpoint.weights import load_weights
@@ -83,7 +84,7 @@ def test_a_criterion_of_your_own_gets_any_labels(network):
 
 @pytest.mark.slow
 def test_a_compiled_network_makes_the_loss_nan():
-    """As on a GPU: nothing waits for a verdict."""
+    """As on a GPU, where no step waits to check the labels."""
     images, labels, borders = batch((40, 48))
     compiled = torch.compile(small(FastDFN), backend="eager", fullgraph=True)
     assert compiled(images, labels, borders).isfinite()
@@ -106,6 +107,26 @@ def test_backbone_weights_may_be_a_state_dict():
         torch.testing.assert_close(model.backbone.conv1[0].weight.double(), donor.backbone.conv1[0].weight)
 
 
+@pytest.mark.parametrize("load", ["DFN", "backbone"])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda model: AveragedModel(model).state_dict(),
+        lambda model: {"state_dict": {f"model.{name}": x for name, x in model.state_dict().items()}, "epoch": 1},
+        lambda model: {"state_dict": {f"net.module.{name}": x for name, x in model.state_dict().items()}},
+        lambda model: {"model_ema": model.state_dict(), "epoch": 1},
+    ],
+    ids=["AveragedModel", "model.", "net.module.", "model_ema"],
+)
+def test_checkpoints_of_training_frameworks_load(wrap, load):
+    donor = small(ReferenceDFN)
+    model = FastDFN(5, pretrained_model=wrap(donor) if load == "backbone" else None, **SIZES)
+    if load == "DFN":
+        assert not load_weights(model, wrap(donor))
+        torch.testing.assert_close(model.smooth_heads[3].conv.weight.double(), donor.smooth_heads[3].conv.weight)
+    torch.testing.assert_close(model.backbone.layer4[0].conv1.weight.double(), donor.backbone.layer4[0].conv1.weight)
+
+
 def test_weights_that_are_infinite_in_the_models_dtype_are_refused():
     state = small(ReferenceDFN).state_dict()
     state["smooth_heads.3.conv.bias"] = torch.full_like(state["smooth_heads.3.conv.bias"], 1e300)
@@ -115,7 +136,7 @@ def test_weights_that_are_infinite_in_the_models_dtype_are_refused():
 
 @pytest.mark.parametrize("border", [True, False])
 def test_stock_data_parallel_training_works(border):
-    """DistributedDataParallel without find_unused_parameters, as Lightning and accelerate use it."""
+    """Trains under DistributedDataParallel without find_unused_parameters, as Lightning and accelerate use it."""
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="29741")
     dist.init_process_group("gloo", rank=0, world_size=1)
     try:

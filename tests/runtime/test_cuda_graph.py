@@ -12,7 +12,7 @@ SETTINGS = {"backbone": "resnet18", "channels": 8, "border_channels": 4, "compil
 
 
 class StandIn:
-    """A graph on the CPU: capturing runs nothing, a replay runs what was captured into the same loss."""
+    """A graph on the CPU. Capturing runs nothing; each replay runs the captured function into the same loss."""
 
     def __init__(self, error=None):
         self.captures = self.replays = self.warm_ups = 0

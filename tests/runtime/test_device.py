@@ -1,4 +1,4 @@
-"""What a run is executed with: the precision that a CPU is asked for."""
+"""The choice of device settings: the precision on a CPU."""
 
 import warnings
 

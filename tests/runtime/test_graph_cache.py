@@ -1,4 +1,4 @@
-"""The cache of graphs on a stand-in for the device: what is captured, replayed, kept and evicted."""
+"""The graph cache on a stand-in for the device: captures, replays and evictions."""
 
 import gc
 import threading
@@ -39,7 +39,7 @@ def test_every_size_in_any_order_gives_what_eager_gives():
     for i in order:
         images = random_images(SIZES[i % len(SIZES)], i)
         results.append((cache(images), classes(images)))
-    # Compared at the end: each is a tensor of its own, which later replays leave as it is.
+    # Compared at the end: each result is a separate tensor that later replays do not overwrite.
     assert all(torch.equal(labels, expected) for labels, expected in results)
     counts = {"hits": 54, "captures": 6, "evictions": 0, "failures": 0}
     assert cache.statistics() == {**counts, "bytes": input_bytes(*SIZES)}
@@ -49,7 +49,7 @@ def test_the_images_of_the_caller_are_left_alone_and_may_be_strided():
     cache = GraphCache(classes, limit_bytes=PLENTY, graphs=StandIn())
     for seed in range(3):
         planar = random_images((2, 6, 9), seed).permute(0, 3, 1, 2).contiguous()
-        images = planar.permute(0, 2, 3, 1)  # [B, H, W, 3] that is not contiguous
+        images = planar.permute(0, 2, 3, 1)  # [B, H, W, 3], not contiguous
         before = images.clone()
         assert torch.equal(cache(images), classes(before))
         assert torch.equal(images, before)
@@ -68,7 +68,7 @@ def test_a_new_size_warms_up_before_its_capture_and_a_known_one_replays_between_
     cache(random_images((1, 4, 4), 0))
     # Warming up waits as well: a replay on another stream may use the workspaces of the stream that warms up.
     assert graphs.calls == ["wait", "warm_up", "capture", "record", "wait", "replay", "record"]
-    assert len(runs) == WARM_UP + 2  # the stand-in's capture and replay run too
+    assert len(runs) == WARM_UP + 2  # the stand-in's capture and replay also run the function
     graphs.calls.clear()
     cache(random_images((1, 4, 4), 1))
     assert graphs.calls == ["wait", "replay", "record"]
@@ -150,7 +150,7 @@ def test_a_limit_too_small_for_one_graph_warns_once_and_runs_without():
     with pytest.warns(UserWarning, match=told) as caught:
         check(cache, classes, *(random_images(large, seed) for seed in range(3)))
     assert len(caught) == 1
-    assert [r() for r in graphs.inputs[1:]] == [None, None]  # tried beside the small one, then alone; neither is kept
+    assert [r() for r in graphs.inputs[1:]] == [None, None]  # tried beside the small one, then without it; neither is kept
     assert cache.statistics() == {"hits": 0, "captures": 3, "evictions": 1, "failures": 1, "bytes": 0}
     check(cache, classes, random_images(small, 1))
     assert kept(cache) == [small]
@@ -171,7 +171,7 @@ def test_a_failed_capture_warns_once_with_the_reason_and_still_answers():
     assert kept(cache) == [(1, 4, 4)]
     expected = {"hits": 0, "captures": 1, "evictions": 0, "failures": 1, "bytes": input_bytes((1, 4, 4))}
     assert cache.statistics() == expected
-    assert graphs.pools == 2  # the failed one's has no graph that would keep it
+    assert graphs.pools == 2  # no graph keeps the failed capture's pool
 
 
 def test_an_error_of_the_function_itself_is_the_callers():
@@ -187,7 +187,7 @@ def test_an_error_of_the_function_itself_is_the_callers():
             with pytest.raises(ValueError, match="too tall"):
                 cache(random_images((1, 6, 4), 0))
         images = random_images((1, 4, 4), 0)
-        assert torch.equal(cache(images), classes(images))  # the lock is free
+        assert torch.equal(cache(images), classes(images))  # the lock was released
 
 
 def test_a_replay_that_fails_is_waited_for_too():
@@ -251,7 +251,7 @@ def test_an_evicted_graph_leaves_nothing_behind_and_goes_once_the_device_is_done
     graphs, alive_at_finish = StandIn(), []
     graphs.finish = lambda: alive_at_finish.append(graphs.inputs[0]() is not None)
     cache = GraphCache(classes, limit_bytes=input_bytes((1, 4, 5)), graphs=graphs)
-    gc.disable()  # what a cycle holds would stay
+    gc.disable()  # memory held by a reference cycle would stay
     try:
         cache(random_images((1, 4, 4), 0))
         assert [r() is None for r in graphs.inputs + graphs.outputs] == [False, False]

@@ -1,4 +1,4 @@
-"""The cache of graphs with CUDA's own: replays, streams, memory, and captures that fail."""
+"""The graph cache with real CUDA graphs: replays, streams, memory, and failed captures."""
 
 import threading
 
@@ -44,10 +44,10 @@ def test_replays_on_a_gpu_give_what_eager_gives():
         images = random_images(SIZES[seed % len(SIZES)], seed, "cuda")
         results.append((cache(images), run(images)))
     assert all(torch.equal(labels, expected) for labels, expected in results)
-    assert len({int(labels.float().mean() * 1e4) for labels, _ in results}) > 6  # the images do decide
+    assert len({int(labels.float().mean() * 1e4) for labels, _ in results}) > 6  # the labels depend on the images
     statistics = cache.statistics()
     assert (statistics["captures"], statistics["hits"], statistics["failures"]) == (4, 8, 0)
-    # The pool holds the activations of one size at least, two tensors of 64 channels in float32.
+    # The pool holds at least the activations of one size: two float32 tensors with 64 channels.
     assert statistics["bytes"] > 2 * 64 * 4 * 96 * 128
 
 
@@ -68,7 +68,7 @@ def test_smaller_graphs_reuse_the_memory_of_the_largest():
     largest = cache.statistics()["bytes"]
     cache.warm_up([(1, side, side, 3) for side in (64, 96, 128, 192)])
     assert cache.statistics()["captures"] == 5
-    assert cache.statistics()["bytes"] < 1.5 * largest  # apart they would be nearly twice that
+    assert cache.statistics()["bytes"] < 1.5 * largest  # separate pools would need nearly twice that
 
 
 @pytest.mark.parametrize("evict", [False, True])
@@ -77,7 +77,7 @@ def test_threads_on_streams_of_their_own_share_the_pool(evict):
     cache = cuda_cache(run)
     cases = [[random_images(size, 10 * thread + i, "cuda") for i, size in enumerate(SIZES)] for thread in range(2)]
     expected = [[run(images) for images in case] for case in cases]
-    if evict:  # room for the largest alone, about
+    if evict:  # room for about the largest only
         cache(cases[0][0])
         cache.limit_bytes = cache.statistics()["bytes"] + 1000
     torch.cuda.synchronize()
@@ -107,7 +107,7 @@ def test_threads_on_streams_of_their_own_share_the_pool(evict):
 def test_evicting_frees_the_memory_and_a_later_capture_finds_a_pool():
     run = small_network()
     images = random_images((1, 256, 256), 0, "cuda")
-    expected = run(images)  # cuDNN and cuBLAS have their workspaces
+    expected = run(images)  # allocates the workspaces of cuDNN and cuBLAS
     cache = cuda_cache(run)
     cache(images)
     cache.clear()
@@ -139,7 +139,7 @@ def test_a_capture_that_fails_on_a_gpu_leaves_streams_and_generator_usable():
     def run(images):
         labels = network(images)
         if images.shape[1] == 64:
-            labels[0, 0, 0].item()  # waits for the device, which no capture may
+            labels[0, 0, 0].item()  # waits for the device, which a capture must not do
         return labels
 
     cache = cuda_cache(run)

@@ -33,7 +33,7 @@ class Nothing:
 
 
 def rows(text, title):
-    """The table under ``title``: name -> milliseconds and share."""
+    """The table under ``title`` as name -> milliseconds and share."""
     lines = iter(text.splitlines())
     next(line for line in lines if line.startswith(title + " "))
     found = {}
@@ -57,7 +57,7 @@ def test_a_profile_is_a_trace_and_two_tables(tmp_path):
     assert kinds["operator dfn_kernels::upsample_cross_entropy"][0] > 0
     for shares in (regions, kinds):
         assert sum(share for _, share in shares.values()) == pytest.approx(100, abs=2)
-    # The backward pass of each part stands with the part: little of it is left over.
+    # The backward pass of each part is counted with the part, so little is left over.
     assert regions["backward"][0] < 0.2 * sum(ms for ms, _ in regions.values())
 
 
@@ -114,7 +114,7 @@ def event(name, start, own, parent=None, kernels=(), device=DeviceType.CPU, sequ
 
 
 def test_device_time_is_that_of_kernels_linked_or_not():
-    """As on CUDA: an operation's kernel, its derivative's from another thread, and one of a graph's replay."""
+    """As on CUDA: the kernels of an operation, of its derivative on another thread, and of a graph replay."""
     part = event("dfn: losses", 0, 0)
     forward = event("aten::convolution", 1, 2000, part, [("fprop", 2000)], sequence_nr=5)
     node = event("autograd::engine::evaluate_function: ConvolutionBackward0", 9, 0, sequence_nr=5)
