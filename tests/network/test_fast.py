@@ -179,7 +179,7 @@ def test_an_rrb_is_composed_where_that_lowers_the_work(channels, inputs, compose
     for pixels, expected in (
         (4096, composes),
         (4, False),
-    ):  # with few pixels, multiplying the weights costs more than it saves
+    ):  # few pixels do not repay multiplying the weights
         x = torch.randn(1, inputs, pixels // 2, 2)
         with FlopCounterMode(display=False) as plain:
             block(x)
@@ -363,7 +363,7 @@ def test_fifty_steps_on_camvid_are_those_of_the_reference(camvid_root, dtype, lr
     """With the same seed, images and augmentation, loss curves agree at each step.
 
     From scratch at the recipe's learning rate, rounding errors grow tenfold a step: the float32 reference is 9 % off
-    itself after six steps if its weights start one bit off. So float32 uses a small learning rate, float64 the recipe's.
+    itself after six steps if its weights start one bit off. So float32 has a small learning rate, float64 the recipe's.
     """
     from dfn_fast.data.datasets.camvid import CamVidDataset
     from dfn_fast.data.loader import TrainLoader

@@ -45,7 +45,7 @@ def norm(name, channels):
 
 
 def published_shapes(num_classes, channels, border_channels, stages):
-    """Names and shapes in the authors' checkpoints outside the backbone, whose feature maps have ``stages`` channels."""
+    """Names and shapes in the authors' checkpoints outside the backbone, whose stages have ``stages`` channels."""
     shapes = {"global_context.1.conv.weight": (channels, stages[3], 1, 1)} | norm("global_context.1.bn", channels)
     for i in range(4):
         shapes |= rrb(f"smooth_pre_rrbs.{i}", stages[3 - i], channels)

@@ -150,7 +150,7 @@ def test_a_limit_too_small_for_one_graph_warns_once_and_runs_without():
     with pytest.warns(UserWarning, match=told) as caught:
         check(cache, classes, *(random_images(large, seed) for seed in range(3)))
     assert len(caught) == 1
-    assert [r() for r in graphs.inputs[1:]] == [None, None]  # tried beside the small one, then without it; neither is kept
+    assert [r() for r in graphs.inputs[1:]] == [None, None]  # tried with the small one, then without; neither is kept
     assert cache.statistics() == {"hits": 0, "captures": 3, "evictions": 1, "failures": 1, "bytes": 0}
     check(cache, classes, random_images(small, 1))
     assert kept(cache) == [small]
