@@ -1,4 +1,4 @@
-"""What both networks refuse alike, and what a drop-in must survive."""
+"""Errors that both networks share, and uses that a drop-in replacement must support."""
 
 import os
 
@@ -84,7 +84,7 @@ def test_a_criterion_of_your_own_gets_any_labels(network):
 
 @pytest.mark.slow
 def test_a_compiled_network_makes_the_loss_nan():
-    """As on a GPU: nothing waits for a verdict."""
+    """As on a GPU, where no step waits to check the labels."""
     images, labels, borders = batch((40, 48))
     compiled = torch.compile(small(FastDFN), backend="eager", fullgraph=True)
     assert compiled(images, labels, borders).isfinite()
@@ -136,7 +136,7 @@ def test_weights_that_are_infinite_in_the_models_dtype_are_refused():
 
 @pytest.mark.parametrize("border", [True, False])
 def test_stock_data_parallel_training_works(border):
-    """DistributedDataParallel without find_unused_parameters, as Lightning and accelerate use it."""
+    """Trains under DistributedDataParallel without find_unused_parameters, as Lightning and accelerate use it."""
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="29741")
     dist.init_process_group("gloo", rank=0, world_size=1)
     try:
