@@ -1,4 +1,4 @@
-"""The comparison of two revisions: its arithmetic, its order, and what is left behind."""
+"""The comparison of two revisions: arithmetic, order and clean-up."""
 
 import subprocess
 

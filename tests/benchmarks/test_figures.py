@@ -1,4 +1,4 @@
-"""The figures of benchmark rows: shares of what the machine can do, turns, energy."""
+"""The figures in benchmark rows: shares of the machine's limits, turns, energy."""
 
 import dataclasses
 import types

@@ -1,4 +1,4 @@
-"""The round on a GPU: order, limits, what is kept of a step that is stopped, what is left for the next call."""
+"""The round on a GPU: order, limits, results kept from a stopped step, and steps left for the next call."""
 
 import contextlib
 import fcntl

@@ -1,4 +1,4 @@
-"""What two runs learnt: the rows of a finished run, the same recipe for both, the table and the picture."""
+"""The learning comparison: rows of a finished run, the same recipe for both runs, the table and the picture."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The instruments of the benchmarks read what they should: memory, turns, wrong results, candidates of the search."""
+"""The benchmarks measure correctly: memory, turns, wrong results, and candidates of the search."""
 
 from typing import NamedTuple
 

@@ -1,4 +1,4 @@
-"""Result files: what is kept of a benchmark run, and what is not."""
+"""Result files: the parts of a benchmark run that are kept and those that are not."""
 
 import json
 

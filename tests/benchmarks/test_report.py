@@ -1,4 +1,4 @@
-"""RESULTS.md and the README's table are those of the result files."""
+"""RESULTS.md and the README's table match the result files."""
 
 import json
 

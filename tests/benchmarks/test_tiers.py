@@ -1,4 +1,4 @@
-"""A short run of the benchmarks: what it leaves out, what it keeps of each suite, and that it says so."""
+"""A short benchmark run: what it leaves out, what it keeps of each suite, and that it reports this."""
 
 import pytest
 

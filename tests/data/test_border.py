@@ -1,4 +1,4 @@
-"""Border targets against what the definition says of them: where borders are, where none is, and what moves none."""
+"""Border targets against their definition: where borders are, where none are, and which changes move none."""
 
 import cv2
 import numpy as np

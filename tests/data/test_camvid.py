@@ -1,4 +1,4 @@
-"""CamVid: the shared folder's lists, SegNet's own lists, no lists, and the real images where they are."""
+"""CamVid: the shared folder's lists, SegNet's own lists, no lists, and the real images if present."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Data sets by name, joined splits, and images and labels that are not what they should be."""
+"""Data sets by name, joined splits, and wrong images and labels."""
 
 from pathlib import Path
 

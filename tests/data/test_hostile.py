@@ -1,4 +1,4 @@
-"""Files that were not made to be read: lying headers, wrong modes, things that are no files, lists that lead astray."""
+"""Hostile files: false headers, wrong modes, paths that are not files, and lists that lead elsewhere."""
 
 import os
 import socket

@@ -1,4 +1,4 @@
-"""The training loader: what it draws follows from the seed alone, and its workers leave signals to the main process."""
+"""The training loader: its samples depend only on the seed, and its workers leave signals to the main process."""
 
 import multiprocessing
 import os

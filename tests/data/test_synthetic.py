@@ -1,4 +1,4 @@
-"""The synthetic scenes: the same ones each time, held out ones for validation, and hard for the reasons they claim."""
+"""The synthetic scenes: reproducible, held out for validation, and hard for the stated reasons."""
 
 import pickle
 

@@ -1,4 +1,4 @@
-"""The training transform and normalisation: what may change, what may not, and that three maps stay one scene."""
+"""The training transform and normalisation: what may change, what may not, and that the three maps stay aligned."""
 
 import pickle
 

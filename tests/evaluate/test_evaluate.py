@@ -1,4 +1,4 @@
-"""Reports against metrics taken by hand, and the command line on small folders of images."""
+"""Reports against metrics computed by hand, and the command line on small folders of images."""
 
 import json
 import math

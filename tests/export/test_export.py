@@ -1,4 +1,4 @@
-"""Exported networks: each format against the model, ONNX with ONNX Runtime as the second opinion, and what can fail."""
+"""Exported networks: each format against the model, ONNX also in ONNX Runtime, and failures."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Which implementation serves a call: by ``DFN_KERNELS``, by the device, and by whether Triton is there at all."""
+"""Which implementation runs: by ``DFN_KERNELS``, by device, and by whether Triton is installed."""
 
 import json
 import os

@@ -1,5 +1,5 @@
 """Every kernel with every entry of the tuning tables compiles for every architecture, and the compiler's report is
-what it must be. No GPU: this is the proof that stands in for one."""
+as required. This stands in for a GPU."""
 
 import ast
 import json

@@ -1,4 +1,4 @@
-"""Debug mode, ``DFN_KERNELS_DEBUG=1``: what a device raises is raised by the operator whose kernel it was, by name."""
+"""Debug mode, ``DFN_KERNELS_DEBUG=1``: a device error is raised by the operator whose kernel caused it, by name."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""The interpreter as these tests run it, against the interpreter as Triton has it."""
+"""The interpreter as these tests run it, against Triton's original."""
 
 import inspect
 

@@ -1,4 +1,4 @@
-"""resize_normalize: against the definition in float64, and against OpenCV, which it stands in for."""
+"""resize_normalize: against the definition in float64, and against OpenCV, which it replaces."""
 
 import cv2
 import numpy as np

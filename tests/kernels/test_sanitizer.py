@@ -1,4 +1,4 @@
-"""Memory errors and races that no result shows: the short parity run under NVIDIA's compute-sanitizer."""
+"""Memory errors and races that do not show in results: the short parity run under NVIDIA's compute-sanitizer."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""Label maps as pictures: exact colours, and a legend of every class."""
+"""Label maps as pictures: exact colours, and a legend with every class."""
 
 import subprocess
 import sys

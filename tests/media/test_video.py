@@ -1,4 +1,4 @@
-"""Videos read and written: frames, rates, sizes, and files that are none, or not whole."""
+"""Reading and writing videos: frames, rates, sizes, and files that are not videos or are truncated."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The pipeline with stages that count, block and fail: its bounds, its overlap, its order and its end."""
+"""The pipeline with stages that count, block and fail: bounds, overlap, order and shutdown."""
 
 import threading
 import weakref

@@ -1,4 +1,4 @@
-"""Predicted images as files: names, sizes, palettes, the formats of the servers, and what happens to bad input."""
+"""Predicted images as files: names, sizes, palettes, the formats of the servers, and bad input."""
 
 import os
 from pathlib import Path

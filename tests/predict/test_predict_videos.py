@@ -1,4 +1,4 @@
-"""Predicted videos, cameras and streams: overlays, label maps, and how an interrupted recording goes on."""
+"""Predicted videos, cameras and streams: overlays, label maps, and resuming an interrupted recording."""
 
 import json
 import os
