@@ -1,5 +1,5 @@
-"""Edge cases that no network uses but every operator must handle: sizes of 0 and 1, gaps and offsets in memory, operands
-on another device or of another dtype."""
+"""Edge cases that no network uses but every operator must handle: sizes of 0 and 1, gaps and offsets in memory,
+operands on another device or of another dtype."""
 
 import re
 from collections.abc import Callable

@@ -176,10 +176,7 @@ def test_arithmetic_is_what_the_design_says():
 )
 def test_an_rrb_is_composed_where_that_lowers_the_work(channels, inputs, composes):
     block = savings.RefinementResidualBlock(inputs, channels, nn.BatchNorm2d)
-    for pixels, expected in (
-        (4096, composes),
-        (4, False),
-    ):  # few pixels do not repay multiplying the weights
+    for pixels, expected in ((4096, composes), (4, False)):  # few pixels do not repay multiplying the weights
         x = torch.randn(1, inputs, pixels // 2, 2)
         with FlopCounterMode(display=False) as plain:
             block(x)
