@@ -1,7 +1,5 @@
 """Errors that both networks share, and uses that a drop-in replacement must support."""
 
-import os
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -135,10 +133,9 @@ def test_weights_that_are_infinite_in_the_models_dtype_are_refused():
 
 
 @pytest.mark.parametrize("border", [True, False])
-def test_stock_data_parallel_training_works(border):
+def test_stock_data_parallel_training_works(border, tmp_path):
     """Trains under DistributedDataParallel without find_unused_parameters, as Lightning and accelerate use it."""
-    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="29741")
-    dist.init_process_group("gloo", rank=0, world_size=1)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
         model = small(FastDFN, border=border)
         parallel = DistributedDataParallel(model)
