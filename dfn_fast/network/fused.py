@@ -1,12 +1,8 @@
-"""FusedDFN: the inference network of a DFN, with its weights folded and composed once.
+"""FusedDFN: the inference network of a DFN, made of :mod:`dfn_fast.network.fused_blocks`.
 
-Batch norms are folded into the convolutions before them, in float64. Convolution, bias, ReLU and residual are one call
-(:func:`dfn_kernels.fused_conv`). It has only the stride-4 head, and the Border Network only on request. The savings of
-:mod:`dfn_fast.network.savings` are applied to the weights once, when the network is built.
+It has only the stride-4 head, and the Border Network only on request. When it is built it is compared once with the
+model that it comes from.
 """
-
-import copy
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,331 +10,30 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from dfn_fast.errors import UserError
-from dfn_fast.network.backbone import BasicBlock, Bottleneck, ResNet, check_images
-from dfn_fast.network.blocks import Head, RefinementResidualBlock, SqueezeGate, resize
-from dfn_fast.network.reference import ReferenceDFN
-from dfn_fast.network.savings import can_pad, compose, compose_last, gate_parameters, pad, round_up
-from dfn_fast.network.structure import (
-    is_batch_norm,
-    unchanged,
-    unchanged_backbone,
-    unchanged_context,
-    unchanged_stage,
-    unchanged_stem,
+from dfn_fast.network.backbone import check_images
+from dfn_fast.network.blocks import resize
+from dfn_fast.network.fused_blocks import (
+    PADDED_TO,
+    Convolution,
+    FusedGate,
+    Kept,
+    fused_backbone,
+    fused_cab,
+    fused_context,
+    fused_head,
+    fused_rrb,
+    norm_of,
 )
-from dfn_kernels import channel_attention, upsample_add
-from dfn_kernels.convolution.fused_conv import Packed, fused_conv, fused_conv_ref
+from dfn_fast.network.reference import ReferenceDFN
+from dfn_fast.network.savings import can_pad, round_up
+from dfn_fast.network.structure import (
+    unchanged,
+)
+from dfn_kernels import upsample_add
 
 COMPARED_SIZE = (40, 48)  # of the random image: small, neither square nor a multiple of 32
 # What rounding explains between the two, as a share of the range of the log-probabilities.
 ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.1}
-PADDED_TO = 8  # tensor cores and vector units want multiples of 8; 189, 21 and 9 are not
-
-
-class Convolution(nn.Module):
-    """A convolution with bias, ReLU and the addition of a residual in the same call. Buffers, not parameters.
-
-    A ``norm`` that cannot be folded (a group norm) runs after the convolution. ``plain`` uses PyTorch's own operators,
-    for export and for torch.compile.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-    exact_bias: Tensor | None
-
-    def __init__(
-        self,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        *,
-        stride: int = 1,
-        relu: bool = True,
-        norm: nn.Module | None = None,
-    ):
-        super().__init__()
-        # Copies, so that nothing changes if the model that they come from is trained further.
-        self.register_buffer("weight", weight.detach().clone(memory_format=torch.channels_last))
-        self.register_buffer("bias", None if bias is None else bias.detach().clone())
-        # In float32, for half precision on a CPU: rounded biases change more labels.
-        self.register_buffer("exact_bias", None, persistent=False)
-        self.stride, self.padding, self.relu = stride, weight.shape[2] // 2, relu
-        self.norm = norm
-        self.plain = False
-        self.packed = Packed()
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """``[B, I, H, W]``, and a residual of the output's shape -> ``[B, O, h, w]``."""
-        if self.norm is not None:
-            out = self.norm(F.conv2d(x, self.weight, self.bias, self.stride, self.padding))
-            return F.relu(out if residual is None else out + residual) if self.relu else out
-        if self.plain:
-            return fused_conv_ref(x, self.weight, self.bias, residual, self.stride, self.padding, self.relu)
-        settings: dict[str, Any] = {"stride": self.stride, "padding": self.padding, "relu": self.relu}
-        bias = self.exact_bias if residual is None and x.device.type == "cpu" else None
-        return fused_conv(x, self.weight, self.bias if bias is None else bias, residual, packed=self.packed, **settings)
-
-    def cast(self, dtype: torch.dtype) -> None:
-        """Makes weight and features ``dtype``."""
-        bias = self.bias
-        self.to(dtype)
-        if bias is not None and dtype in (torch.bfloat16, torch.float16) and not self.plain:
-            self.exact_bias = bias.float() if self.exact_bias is None else self.exact_bias.float()
-
-    def _apply(self, fn, recurse=True):
-        self.packed = Packed()  # the old one is for the weight's old device and dtype
-        return super()._apply(fn, recurse)
-
-    def __getstate__(self):
-        return self.__dict__ | {"packed": Packed()}  # packed again when needed; oneDNN's tensors cannot be copied
-
-
-def _fold(conv: nn.Conv2d | Tensor, norm: nn.Module, channels: int = 0, **settings: Any) -> Convolution:
-    """Folds a batch norm (running statistics) into a convolution, in float64; other norm layers stay.
-
-    ``conv`` is a convolution without bias, or its weight; the outputs are padded with zeros up to ``channels``.
-    """
-    weight, stride = (conv, 1) if isinstance(conv, Tensor) else (conv.weight, conv.stride[0])
-    settings = {"stride": stride, **settings}
-    if not is_batch_norm(norm) or norm.running_var is None:
-        return Convolution(weight.detach(), norm=copy.deepcopy(norm).eval(), **settings)
-    assert norm.running_mean is not None
-    scale = (norm.running_var.double() + norm.eps).rsqrt()
-    bias = -norm.running_mean.double() * scale
-    if norm.affine:
-        scale, bias = scale * norm.weight.double(), bias * norm.weight.double() + norm.bias.double()
-    folded = weight.detach().double() * scale[: weight.shape[0], None, None, None]
-    channels = max(channels, weight.shape[0])
-    return Convolution(pad(folded, channels, folded.shape[1]), pad(bias, channels), **settings)
-
-
-class Kept(nn.Module):
-    """A block that was changed after it was built: a copy of it, in eval mode, that runs its own ``forward``."""
-
-    def __init__(self, block: nn.Module):
-        super().__init__()
-        # Pruned and normalised weights are results of a computation, which deepcopy refuses.
-        found = {id(x): x for m in block.modules() for x in vars(m).values() if isinstance(x, Tensor)}
-        computed = {key: x.detach().clone() for key, x in found.items() if x.grad_fn is not None}
-        self.block = copy.deepcopy(block, computed).eval().requires_grad_(False)
-        for ours, theirs in zip(self.block.modules(), block.modules(), strict=True):
-            for name in ("_forward_hooks", "_forward_pre_hooks"):  # the hooks themselves, not copies of their owners
-                setattr(ours, name, copy.copy(getattr(theirs, name)))
-
-    def forward(self, *inputs: Any) -> Any:
-        return self.block(*inputs)
-
-
-class FusedBlock(nn.Module):
-    """A residual block of the backbone."""
-
-    def __init__(self, block: BasicBlock | Bottleneck):
-        super().__init__()
-        names = ("1", "2", "3") if isinstance(block, Bottleneck) else ("1", "2")
-        self.convs = nn.ModuleList(_fold(getattr(block, f"conv{n}"), getattr(block, f"bn{n}")) for n in names)
-        self.downsample = None if block.downsample is None else _fold(*block.downsample, relu=False)  # type: ignore[misc]
-
-    def forward(self, x: Tensor) -> Tensor:
-        shortcut = x if self.downsample is None else self.downsample(x)
-        for conv in self.convs[:-1]:
-            x = conv(x)
-        return self.convs[-1](x, shortcut)
-
-
-class FusedRRB(nn.Module):
-    """An RRB whose 1x1 and first 3x3 convolution are composed into one if that is less work.
-
-    ``last`` is the 1x1 convolution that a head puts after it, composed with ``conv_refine``. ``inputs`` and ``width``
-    are channel counts, padded with zeros.
-    """
-
-    def __init__(self, block: RefinementResidualBlock, inputs: int, width: int, last: nn.Conv2d | None = None):
-        super().__init__()
-        width = width if can_pad(block.cbr.bn) else block.conv_refine.weight.shape[0]
-        before = pad(block.conv_1x1.weight.detach().double(), width, inputs)
-        conv = pad(block.cbr.conv.weight.detach().double(), block.cbr.conv.weight.shape[0], width)
-        self.composed = inputs < width
-        self.shortcut = Convolution(before, relu=False)
-        self.conv = _fold(compose(conv, before) if self.composed else conv, block.cbr.bn, width)
-        refine = pad(block.conv_refine.weight.detach().double(), width, width)
-        if last is None:
-            self.refine, self.last = Convolution(refine, relu=block.last_relu), None
-            return
-        assert last.bias is not None
-        weight, bias = last.weight.detach().double(), last.bias.detach().double()
-        scores = round_up(weight.shape[0], PADDED_TO) if width % PADDED_TO == 0 else weight.shape[0]
-        weight, bias = pad(weight, scores, width), pad(bias, scores)
-        self.last = Convolution(weight, bias, relu=False)
-        self.refine = Convolution(compose_last(weight, refine), relu=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        shortcut = self.shortcut(x)
-        t = self.conv(x if self.composed else shortcut)
-        return self.refine(t, shortcut if self.last is None else self.last(shortcut))
-
-
-class FusedHead(nn.Module):
-    """A head: scores ``[B, scores, h, w]`` at the size of its input."""
-
-    def __init__(self, head: Head, inputs: int, padded_to: int):
-        super().__init__()
-        self.scores = head.conv.weight.shape[0]
-        width = head.conv.weight.shape[1]
-        self.rrb = FusedRRB(head.rrb, inputs, round_up(width, padded_to), head.conv)
-
-    def forward(self, x: Tensor, size: torch.Size | None = None) -> Tensor:
-        return self.rrb(x)[:, : self.scores]
-
-
-class FusedGate(nn.Module):
-    """A channel attention block; its two linear layers stay in float32 or better."""
-
-    weight1: Tensor
-    bias1: Tensor
-    weight2: Tensor
-    bias2: Tensor
-
-    def __init__(self, gate: SqueezeGate):
-        super().__init__()
-        for name, tensor in zip(("weight1", "bias1", "weight2", "bias2"), gate_parameters(gate), strict=True):
-            self.register_buffer(name, tensor.detach().clone())
-        self.plain = False
-
-    def forward(self, low: Tensor, high: Tensor) -> Tensor:
-        """Eq. 3: ``low * gate + resize(high)``."""
-        parameters = (self.weight1, self.bias1, self.weight2, self.bias2)
-        if not self.plain:
-            return channel_attention(low, high, *parameters)
-        high = resize(high, low.shape[2:])
-        weight1, bias1, weight2, bias2 = parameters
-        mean = torch.cat([low.mean((2, 3)), high.mean((2, 3))], 1).to(weight1.dtype)
-        gate = torch.sigmoid(F.linear(F.relu(F.linear(mean, weight1, bias1)), weight2, bias2))
-        return low * gate.to(low.dtype)[:, :, None, None] + high
-
-
-class FusedContext(nn.Module):
-    """The global context: average pooling, and a 1x1 convolution with its norm and ReLU."""
-
-    def __init__(self, context: nn.Sequential):
-        super().__init__()
-        block: Any = context[1]
-        self.conv = _fold(block.conv, block.bn)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.adaptive_avg_pool2d(x, 1))
-
-
-class FusedBackbone(nn.Module):
-    """The backbone, each block fused or, if it was changed, kept."""
-
-    def __init__(self, backbone: ResNet):
-        super().__init__()
-        ends = [backbone.conv1, backbone.bn1, backbone.relu, backbone.maxpool]
-        self.stem = FusedStem(backbone) if unchanged_stem(backbone) else Kept(nn.Sequential(*ends))
-        stages = (backbone.layer1, backbone.layer2, backbone.layer3, backbone.layer4)
-        self.layers = nn.ModuleList(
-            nn.Sequential(*(FusedBlock(block) if unchanged(block) else Kept(block) for block in stage))  # type: ignore[arg-type]
-            if unchanged_stage(stage)
-            else Kept(stage)
-            for stage in stages
-        )
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        """The feature maps at strides 4, 8, 16 and 32."""
-        x = self.stem(x)
-        stages = []
-        for layer in self.layers:
-            x = layer(x)
-            stages.append(x)
-        return stages
-
-
-class FusedStem(nn.Module):
-    """Everything before the backbone's stages."""
-
-    def __init__(self, backbone: ResNet):
-        super().__init__()
-        conv1 = backbone.conv1
-        layers = list(conv1) if isinstance(conv1, nn.Sequential) else [conv1]
-        layers = [layer for layer in [*layers, backbone.bn1] if not isinstance(layer, nn.ReLU)]
-        self.convs = nn.Sequential(*(_fold(c, n) for c, n in zip(layers[::2], layers[1::2], strict=True)))  # type: ignore[arg-type]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.max_pool2d(self.convs(x), 3, 2, 1)
-
-
-class KeptCab(Kept):
-    """A CAB that was changed."""
-
-    def forward(self, low: Tensor, high: Tensor) -> Tensor:
-        return self.block(low, resize(high, low.shape[2:]))
-
-
-class KeptHead(Kept):
-    """A head that was changed: scores at ``size``, or at the size of its input."""
-
-    def forward(self, x: Tensor, size: torch.Size | None = None) -> Tensor:
-        return self.block(x, x.shape[2:] if size is None else size)
-
-
-def _fused_backbone(backbone: ResNet) -> nn.Module:
-    return FusedBackbone(backbone) if unchanged_backbone(backbone) else Kept(backbone)
-
-
-def _fused_context(context: Any) -> nn.Module:
-    return FusedContext(context) if unchanged_context(context) else Kept(context)
-
-
-def _fused_rrb(block: Any, inputs: int, width: int) -> nn.Module:
-    return FusedRRB(block, inputs, width) if unchanged(block) else Kept(block)
-
-
-def _fused_cab(cab: Any) -> nn.Module:
-    return FusedGate(cab.channel_attention) if unchanged(cab) else KeptCab(cab)
-
-
-def _fused_head(head: Any, inputs: int, padded_to: int) -> nn.Module:
-    return FusedHead(head, inputs, padded_to) if unchanged(head) else KeptHead(head)
-
-
-def _norm_of(block: Any) -> nn.Module:
-    """The norm layer of an RRB, or of a head's RRB."""
-    return (block.rrb if isinstance(block, Head) else block).cbr.bn
-
-
-def _require_same(fused: "FusedDFN", model: ReferenceDFN) -> None:
-    """Raises :class:`UserError` unless ``fused`` computes what ``model`` does, seen on one random image.
-
-    What is compared is the model's own ``forward`` in eval mode. Nothing is compared if a hook would see the image, if
-    tensors hold no numbers, or if the model's own scores are not finite.
-    """
-    first = next(model.parameters())
-    if first.is_meta or isinstance(first, FakeTensor) or torch.compiler.is_compiling() or _has_hooks(model):
-        return
-    generator = torch.Generator().manual_seed(0)
-    image = torch.randn(1, 3, *COMPARED_SIZE, generator=generator).to(first.device, first.dtype)
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        for module, _ in modes:
-            module.training = False
-        with torch.no_grad(), torch.autocast(first.device.type, enabled=False):
-            expected, found = model(image).double(), fused(image).double()
-    finally:
-        for module, mode in modes:
-            module.training = mode
-    if not expected.isfinite().all():
-        return
-    allowed = ROUNDING[first.dtype] * max((expected.max() - expected.min()).item(), 1.0)
-    difference = (found - expected).abs().max().item()
-    if not difference <= allowed:
-        raise UserError(
-            f"the fused network does not compute what the model does: log-probabilities differ by {difference:.3g}, "
-            f"expected at most {allowed:.3g}. A module was changed in a way that cannot be fused: use the model itself "
-            "or undo the change"
-        )
-
-
-def _has_hooks(model: nn.Module) -> bool:
-    return any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 class FusedDFN(nn.Module):
@@ -368,25 +63,25 @@ class FusedDFN(nn.Module):
         self.num_classes, self.channels, self.return_border = model.num_classes, model.channels, return_border
         padded_to = 1 if plain else PADDED_TO
         low_to_high, C = model.backbone.channels, model.channels
-        self.backbone = _fused_backbone(model.backbone)
-        self.global_context = None if model.global_context is None else _fused_context(model.global_context)
+        self.backbone = fused_backbone(model.backbone)
+        self.global_context = None if model.global_context is None else fused_context(model.global_context)
         self.smooth_pre_rrbs = nn.ModuleList(
-            _fused_rrb(block, inputs, C) for block, inputs in zip(model.smooth_pre_rrbs, low_to_high[::-1], strict=True)
+            fused_rrb(block, inputs, C) for block, inputs in zip(model.smooth_pre_rrbs, low_to_high[::-1], strict=True)
         )
-        self.cabs = nn.ModuleList(_fused_cab(cab) for cab in model.cabs)
-        self.smooth_aft_rrbs = nn.ModuleList(_fused_rrb(block, C, C) for block in model.smooth_aft_rrbs)
-        self.smooth_head = _fused_head(model.smooth_heads[3], C, padded_to)
+        self.cabs = nn.ModuleList(fused_cab(cab) for cab in model.cabs)
+        self.smooth_aft_rrbs = nn.ModuleList(fused_rrb(block, C, C) for block in model.smooth_aft_rrbs)
+        self.smooth_head = fused_head(model.smooth_heads[3], C, padded_to)
         if return_border:
             used = [*model.border_pre_rrbs, *list(model.border_aft_rrbs)[1:], model.border_heads[3]]
             width = padded = model.border_channels
-            if all(unchanged(block) and can_pad(_norm_of(block)) for block in used):
+            if all(unchanged(block) and can_pad(norm_of(block)) for block in used):
                 padded = round_up(width, padded_to)
             self.border_pre_rrbs = nn.ModuleList(
-                _fused_rrb(block, inputs, padded)
+                fused_rrb(block, inputs, padded)
                 for block, inputs in zip(model.border_pre_rrbs, low_to_high, strict=True)
             )
-            self.border_aft_rrbs = nn.ModuleList(_fused_rrb(block, padded, padded) for block in model.border_aft_rrbs)
-            self.border_head = _fused_head(model.border_heads[3], padded, padded_to)
+            self.border_aft_rrbs = nn.ModuleList(fused_rrb(block, padded, padded) for block in model.border_aft_rrbs)
+            self.border_head = fused_head(model.border_heads[3], padded, padded_to)
         self.plain = plain
         for module in self.modules():
             if isinstance(module, (Convolution, FusedGate)):
@@ -467,3 +162,39 @@ class FusedDFN(nn.Module):
         for i in (1, 2, 3):
             acc = self.border_aft_rrbs[i](self.add(acc, self.border_pre_rrbs[i](stages[i])))
         return self.border_head(acc, size)
+
+
+def _require_same(fused: "FusedDFN", model: ReferenceDFN) -> None:
+    """Raises :class:`UserError` unless ``fused`` computes what ``model`` does, seen on one random image.
+
+    What is compared is the model's own ``forward`` in eval mode. Nothing is compared if a hook would see the image, if
+    tensors hold no numbers, or if the model's own scores are not finite.
+    """
+    first = next(model.parameters())
+    if first.is_meta or isinstance(first, FakeTensor) or torch.compiler.is_compiling() or _has_hooks(model):
+        return
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(1, 3, *COMPARED_SIZE, generator=generator).to(first.device, first.dtype)
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        with torch.no_grad(), torch.autocast(first.device.type, enabled=False):
+            expected, found = model(image).double(), fused(image).double()
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    if not expected.isfinite().all():
+        return
+    allowed = ROUNDING[first.dtype] * max((expected.max() - expected.min()).item(), 1.0)
+    difference = (found - expected).abs().max().item()
+    if not difference <= allowed:
+        raise UserError(
+            f"the fused network does not compute what the model does: log-probabilities differ by {difference:.3g}, "
+            f"expected at most {allowed:.3g}. A module was changed in a way that cannot be fused: use the model itself "
+            "or undo the change"
+        )
+
+
+def _has_hooks(model: nn.Module) -> bool:
+    return any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())

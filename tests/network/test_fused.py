@@ -17,7 +17,8 @@ from dfn_fast.data.loader import Batch
 from dfn_fast.data.normalize import normalize
 from dfn_fast.data.registry import build_dataset
 from dfn_fast.network.blocks import resize
-from dfn_fast.network.fused import Convolution, FusedDFN
+from dfn_fast.network.fused import FusedDFN
+from dfn_fast.network.fused_blocks import Convolution
 from dfn_fast.trainer.trainer import Trainer
 from dfn_kernels import tuning
 from support.networks import VARIANT_NAMES, VARIANTS, batch, narrow_backbones, random_dfn
