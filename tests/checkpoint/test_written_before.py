@@ -39,6 +39,9 @@ class NarrowResNet(ResNet):
 @pytest.fixture(autouse=True)
 def narrow_networks():
     with (
+        # With AVX2 alone, oneDNN's weight gradient of a 1x1 convolution of stride 2 with fewer than eight channels in
+        # channels_last is wrong and writes past its memory (PyTorch 2.13, 2.14.1). No published network has such a one.
+        torch.backends.mkldnn.flags(enabled=False),
         patch("dfn_fast.network.reference.ResNet", NarrowResNet),
         patch.dict(LAYERS, resnet18=(BasicBlock, (1, 1, 0, 0))),
     ):
