@@ -20,7 +20,8 @@ from dfn_fast.data.base import IGNORE, SegmentationDataset
 from dfn_fast.data.datasets.pairing import PairingError
 from dfn_fast.data.registry import build_dataset, find_entry
 from dfn_fast.errors import DataError
-from dfn_fast.media.images import IMAGE_SUFFIXES, open_image, read_label
+from dfn_fast.media.formats import IMAGE_SUFFIXES
+from dfn_fast.media.images import open_image, read_label
 
 _MODES = {  # how an image is read if its mode is not RGB
     "are greyscale, read as three equal channels": ("1", "L"),

@@ -15,12 +15,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dfn_fast.errors import DataError
 from dfn_fast.files import replacing, require_regular
+from dfn_fast.media.formats import FORMATS
 
 IGNORE = 255
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
-# Recognised by content, whatever the suffix. Pillow knows more, but hands some to other programs: EPS to Ghostscript.
-FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "PPM", "GIF", "JPEG2000")
 MAX_PIXELS = 1 << 29  # 23,170 x 23,170: RGB pixels take 2 GiB while they are decoded
 _KINDS = {"1": "1-bit", "I;16": "16-bit", "I": "32-bit", "F": "floating-point"}
 
