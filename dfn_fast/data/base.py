@@ -1,5 +1,6 @@
 """The form of a data set: named classes, a palette, and pairs of image and label files (or generated scenes)."""
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,15 +31,18 @@ class SegmentationDataset:
     """A split of a data set: ``dataset[i]`` is a :class:`Sample`.
 
     Subclasses set ``classes`` (names) and ``palette`` (``[K, 3]`` RGB uint8) and pass their pairs. If the label files
-    do not hold class ids, the subclass overrides :meth:`class_ids`.
+    do not hold class ids, the subclass overrides :meth:`class_ids`. ``notes`` say how the files were read where that is
+    not obvious: who chose the split, which files were passed over.
     """
 
     name: str = ""
     classes: tuple[str, ...] = ()
     palette: np.ndarray = np.zeros((0, 3), np.uint8)
+    notes: Sequence[str] = ()  # whole sentences
 
-    def __init__(self, pairs: list[Pair], split: str, where: str | Path):
+    def __init__(self, pairs: list[Pair], split: str, where: str | Path, notes: Iterable[str] = ()):
         self.pairs, self.split, self.where = pairs, split, where
+        self.notes = list(notes)
         if not pairs:
             raise DataError(f"{where}: split {split!r} of data set {self.name!r} has no images")
 
@@ -57,10 +61,15 @@ class SegmentationDataset:
         """The label file's values as class ids and 255; by default unchanged."""
         return raw
 
+    def label(self, index: int) -> np.ndarray:
+        """The label of a sample alone, ``[H, W]`` class ids and 255, without reading its image."""
+        pair = self.pairs[index]
+        return self.class_ids(read_label(pair.label), pair.label)
+
     def __getitem__(self, index: int) -> Sample:
         pair = self.pairs[index]
         image = read_image(pair.image)
-        label = self.class_ids(read_label(pair.label), pair.label)
+        label = self.label(index)
         self.check_sample(image, label, pair)
         return Sample(image, label, pair.name)
 
@@ -71,11 +80,15 @@ class SegmentationDataset:
                 f"{pair.label}: expected a label of the image's size {image.shape[1]}x{image.shape[0]} "
                 f"({pair.image}), got {label.shape[1]}x{label.shape[0]}"
             )
+        self.check_values(label, pair.label)
+
+    def check_values(self, label: np.ndarray, path: Path) -> None:
+        """Raises :class:`DataError` if the label, which was read from ``path``, holds a value that is not a class."""
         used = np.flatnonzero(np.bincount(label.ravel(), minlength=256))
         wrong = [int(v) for v in used if v >= self.num_classes and v != IGNORE]
         if wrong:
             raise DataError(
-                f"{pair.label}: label values {wrong[:5]} are not classes of {self.name!r}; expected "
+                f"{path}: label values {wrong[:5]} are not classes of {self.name!r}; expected "
                 f"0..{self.num_classes - 1}, or {IGNORE} for pixels to ignore"
             )
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+
 from dfn_fast.data.base import Sample, SegmentationDataset
 from dfn_fast.data.datasets import camvid, cityscapes, coco, folder, image_list, synthetic, voc
 from dfn_fast.errors import ConfigError, nearest
@@ -105,6 +107,7 @@ class JoinedDataset(SegmentationDataset):
             names = [f"{part.split}/{name}" for part in parts for name in part.names()]
         self._names = names
         self.pairs = [pair for part in parts for pair in part.pairs]
+        self.notes = list(dict.fromkeys(note for part in parts for note in part.notes))
         self.split, self.where = "+".join(part.split for part in parts), parts[0].where
 
     def __len__(self) -> int:
@@ -112,6 +115,10 @@ class JoinedDataset(SegmentationDataset):
 
     def names(self) -> list[str]:
         return list(self._names)
+
+    def label(self, index: int) -> np.ndarray:
+        part, place = self._places[index]
+        return part.label(place)
 
     def __getitem__(self, index: int) -> Sample:
         part, place = self._places[index]
