@@ -7,9 +7,9 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from dfn_fast.errors import UserError, nearest
+from dfn_fast.errors import UserError, nearest, printable
 
 # tqdm's settings for a progress bar of images: always images/s, however slow.
 IMAGES_BAR: dict[str, Any] = {
@@ -77,10 +77,27 @@ def size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2] or match[1])
 
 
+class _Printable:
+    """A stream that writes control characters out, except for ``moves``, which a progress bar needs."""
+
+    def __init__(self, stream: TextIO, moves: tuple[str, ...] = ()):
+        self._stream, self._moves = stream, moves
+
+    def write(self, text: str) -> int:
+        parts = re.split(f"({'|'.join(map(re.escape, self._moves))})", text) if self._moves else [text]
+        return self._stream.write("".join(part if part in self._moves else printable(part) for part in parts))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 def run(main: Callable[[], int | None]) -> None:
     """Runs a command's ``main`` and exits with its code. Prints a :class:`UserError` as text and exits with 2."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a file name may not be valid text
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # the terminal may not know every character
+    sys.stdout = _Printable(sys.stdout)  # type: ignore[assignment]
+    sys.stderr = _Printable(sys.stderr, moves=("\r", "\x1b[A"))  # type: ignore[assignment]
     try:
         code = main()
     except UserError as error:

@@ -4,6 +4,7 @@ The message names the file or option, what was expected, what was found, and the
 """
 
 import difflib
+import re
 import reprlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,8 +14,21 @@ SHOWN = 5  # names that an error lists
 EXCERPT = 500  # characters of that list
 
 
+# Control characters, except for tabs and line ends; line separators, marks that turn the direction of writing, and
+# bytes that are no text. A terminal obeys some of them, so a file's name could hide or forge what is printed.
+_UNPRINTED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    r"""``text`` with every control character written out, as in ``\x1b``."""
+    return _UNPRINTED.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
 class UserError(Exception):
     """Bad input. The commands print only its text, without a traceback, and exit with code 2."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class DataError(UserError):
