@@ -65,9 +65,11 @@ class TrainConfig:
     deep_supervision: bool = option(True, "network", "a loss at each of the four stages; off: only at the last")
     border: bool = option(True, "network", "the Border Network")
     pretrained: str | None = option(
-        None, "network", "ImageNet weights of the backbone: a file, or a name such as resnet101s"
+        None, "network", "ImageNet weights of the backbone: a file, a name such as resnet101s, or none"
     )
-    weights: str | None = option(None, "network", "DFN weights to start from: any checkpoint or safetensors file")
+    weights: str | None = option(
+        None, "network", "DFN weights to start from: any checkpoint or safetensors file, or none"
+    )
     strict: bool = option(True, "network", "require --weights to fit in every tensor")
 
     border_weight: float = option(0.1, "loss", "lambda of eq. 7: weight of the border losses", minimum=0)
@@ -189,7 +191,7 @@ class TrainConfig:
         checked = {}
         for name, value in values.items():
             if name not in types:
-                raise ConfigError(f"{where}: unknown field {brief(name)}" + nearest(name[:80], types))
+                raise ConfigError(f"{where}: unknown field {brief(name)}" + nearest(str(name)[:80], types))
             checked[name] = _convert(value, types[name], f"{where}: field {name!r}")
         try:
             return cls(**checked)

@@ -10,6 +10,7 @@ from dfn_fast.runtime.signals import Stopped, StopRequest
 from dfn_fast.train.folder import RunFolder, default_folder
 from dfn_fast.train.options import new_config, parse, resumed_config
 from dfn_fast.train.report import draw, summarise
+from dfn_fast.train.resume import require_same_config
 from dfn_fast.train.run import Run
 from dfn_fast.trainer.finite import NonFiniteLoss
 
@@ -50,9 +51,13 @@ def begin(arguments: argparse.Namespace, stop: StopRequest, world: World) -> Run
         return folder, config, begun is not None
 
     folder, config, begun = world.from_first(choose)
-    run = Run(config, folder, stop, arguments.stop_after, world)
-    if arguments.resume or begun:
-        run.resume()
+    goes_on = arguments.resume or begun
+    content = folder.read_last() if goes_on else None
+    if content is not None:
+        require_same_config(config, content, folder.read, folder.config_file)
+    run = Run(config, folder, stop, arguments.stop_after, world, resuming=content is not None)
+    if goes_on:
+        run.resume(content)
     else:
         world.from_first(lambda: folder.start(config))
     if begun:

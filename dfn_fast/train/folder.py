@@ -38,6 +38,11 @@ class RunFolder:
         self.summary_file = self.path / "summary.json"
         self.last_is_whole = True  # False if it was found damaged: it must not replace previous.pth
 
+    @property
+    def read(self) -> Path:
+        """The checkpoint that :meth:`read_last` read."""
+        return self.last if self.last_is_whole else self.previous
+
     def require_no_run(self) -> None:
         if self.config_file.exists() or self.last.exists() or self.previous.exists():
             raise ConfigError(

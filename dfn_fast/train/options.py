@@ -90,6 +90,8 @@ def _add_field(group: Any, f: dataclasses.Field, default: Any) -> None:
             default = " ".join(f"{x:g}" for x in default)
         else:
             settings |= {"type": plain, "metavar": {int: "N", float: "X", str: "TEXT"}[plain]}
+        if f.name in ("pretrained", "weights"):
+            settings["type"] = _file_or_none
         if f.metadata["choices"]:
             settings |= {"choices": f.metadata["choices"], "metavar": "NAME"}
             settings["help"] += f": {', '.join(f.metadata['choices'])}"
@@ -100,6 +102,11 @@ def _add_field(group: Any, f: dataclasses.Field, default: Any) -> None:
                 else f" (default: {default})"
             )
     group.add_argument(f"--{cli.dashed(f.name)}", **settings)
+
+
+def _file_or_none(text: str) -> str | None:
+    """The file or name, or None for ``none``; a file of that name is ``./none``."""
+    return None if text == "none" else text
 
 
 def overrides(arguments: argparse.Namespace) -> dict[str, Any]:

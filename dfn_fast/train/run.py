@@ -16,7 +16,7 @@ from dfn_fast.data.loader import TrainLoader
 from dfn_fast.data.prefetch import on_device
 from dfn_fast.data.registry import build_dataset
 from dfn_fast.data.transforms import TrainTransform
-from dfn_fast.errors import CheckpointError, ConfigError, shortened
+from dfn_fast.errors import CheckpointError, ConfigError, DataError, shortened
 from dfn_fast.runtime.device import choose_device
 from dfn_fast.runtime.processes import ALONE, World
 from dfn_fast.runtime.profiling import StepProfiler
@@ -27,6 +27,7 @@ from dfn_fast.train.folder import RunFolder
 from dfn_fast.train.loss_watch import LossWatch
 from dfn_fast.train.position import Position
 from dfn_fast.train.report import TensorBoard, validate
+from dfn_fast.train.resume import data_record, require_finite, require_same_data
 from dfn_fast.trainer.build import build_model
 from dfn_fast.trainer.trainer import Trainer
 
@@ -35,6 +36,7 @@ class Run:
     """One training run: its parts, and the loop that moves its position.
 
     In a ``world`` of several processes all go through the same positions, and only the first prints and writes.
+    ``resuming``: weights are not read from ``--weights`` or ``--pretrained``, because :meth:`resume` sets them.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class Run:
         stop: StopRequest,
         stop_after: int | None = None,
         world: World = ALONE,
+        resuming: bool = False,
     ):
         self.config, self.folder, self.stop, self.stop_after, self.world = config, folder, stop, stop_after, world
         self.device = choose_device(config.device, world)
@@ -70,6 +73,7 @@ class Run:
             pin_memory=self.device.type == "cuda",
             share=world.share(config.batch_size),
         )
+        self.data_record = data_record(self.train_set, self.val_set)
         self.steps = len(self.loader) // config.accumulate
         if self.steps == 0:
             raise ConfigError(
@@ -77,7 +81,9 @@ class Run:
             )
         self.iterations = config.iterations or config.epochs * self.steps
         self.epochs = math.ceil(self.iterations / self.steps)
-        model = build_model(config, self.train_set.num_classes, world)
+        # A checkpoint replaces every weight, and the files of the first ones may be gone.
+        start = dataclasses.replace(config, pretrained=None, weights=None) if resuming else config
+        model = build_model(start, self.train_set.num_classes, world)
         self.trainer = Trainer(model, config, self.iterations, self.device, world)
         self.position = Position()
         self.profiler: StepProfiler | None = None
@@ -238,6 +244,7 @@ class Run:
             "dataset": self.config.data,
             "config": self.config.to_dict(),
             "position": dataclasses.asdict(self.position),
+            "data": self.data_record,
         }
         if not self.world.is_first:
             return
@@ -246,18 +253,23 @@ class Run:
         else:
             save_atomic(content, path)
 
-    def resume(self) -> None:
-        """Continues from last.pth or previous.pth; a run without a checkpoint yet starts from the beginning."""
-        content = self.folder.read_last()
+    def resume(self, content: dict[str, Any] | None) -> None:
+        """Continues from ``content``, which the folder read; a run without a checkpoint starts from the beginning."""
         if content is not None:
             self.load(content)
-            self.trainer.require_finite_weights(self.position.iteration)
         if self.world.is_first:
             self.folder.forget_after(self.position.iteration, self.position.epoch)
 
     def load(self, content: dict[str, Any]) -> None:
-        """Loads trainer and position from a checkpoint. Raises :class:`CheckpointError` if it is of another network."""
+        """Loads trainer and position from a checkpoint.
+
+        Raises :class:`CheckpointError` if it is of another network or not finite, and :class:`DataError` if it is of
+        other data.
+        """
+        path = self.folder.read
         try:
+            require_same_data(content, path, self.train_set, self.val_set)
+            require_finite(content, path)
             self.trainer.load_state(content)
             self.position = Position(**content["position"])
             kinds = {f.name: type(getattr(Position(), f.name)) for f in dataclasses.fields(Position)}
@@ -265,8 +277,13 @@ class Run:
             if wrong:
                 raise TypeError(f"position: {', '.join(wrong)}")
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            path = self.folder.last if self.folder.last_is_whole else self.folder.previous
             raise CheckpointError(
                 f"{path}: this is not the checkpoint of a run of this network "
                 f"({type(error).__name__}: {shortened(str(error))}); restore the run's own checkpoint, or use --weights"
             ) from error
+        position = self.position
+        if position.iteration != min(position.epoch * self.steps + position.step, self.iterations):
+            raise DataError(
+                f"{path}: it was written at iteration {position.iteration}, epoch {position.epoch}, step "
+                f"{position.step}, but an epoch of this data set has {self.steps} steps; restore the data set as it was"
+            )

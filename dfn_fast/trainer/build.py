@@ -26,16 +26,22 @@ def compiles(config: TrainConfig, device: torch.device) -> bool:
 
 
 def build_model(config: TrainConfig, num_classes: int, world: World = ALONE) -> ReferenceDFN:
-    """Builds the network of ``config``, with ImageNet or DFN weights if it names them."""
+    """Builds the network of ``config``, with ImageNet or DFN weights if it names them.
+
+    DFN weights that fit in every tensor leave nothing of ImageNet's, which are then not read.
+    """
     focal = SigmoidFocalLoss(config.focal_alpha, config.focal_gamma, torchseg=config.focal == "torchseg")
     network = FastDFN if config.model == "fast" else ReferenceDFN
     device = choose_device(config.device, world)
     native = device.type == "cuda" and not compiles(config, device)
+    replaced = config.pretrained is not None and config.weights is not None and config.strict
+    if replaced:
+        print(f"--pretrained {config.pretrained} is not read: --weights {config.weights} has every tensor")
     model = network(
         num_classes,
         aux_criterion=focal,
         alpha=config.border_weight,
-        pretrained_model=config.pretrained,
+        pretrained_model=None if replaced else config.pretrained,
         norm_layer=norm_layer(world, native),
         **config.network_arguments(),
     )

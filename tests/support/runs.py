@@ -18,6 +18,10 @@ from dfn_fast.train.folder import RunFolder
 SMALL_RUN = "synthetic --backbone resnet18 --channels 8 --no-border --no-deep-supervision --crop 32 --batch-size 3"
 SMALL_RUN += " --workers 0 --device cpu --amp off --log-every 1 --checkpoint-every 2 --epochs 4 --val-every 2"
 
+# Six iterations in two epochs on the folder of tests/train/conftest.py.
+TINY_RUN = "--data folder --backbone resnet18 --channels 8 --border-channels 4 --crop 48 --batch-size 3 --lr 0.001"
+TINY_RUN += " --border-width 3 --workers 0 --log-every 1 --device cpu --scales 0.75 1 --epochs 2"
+
 
 class ThinBlock(BasicBlock):
     """A residual block with few weights, so checkpoints are small and quick to write."""

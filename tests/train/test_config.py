@@ -55,6 +55,13 @@ def test_an_option_changes_its_field_alone(words, changes):
     assert new_config(parse("camvid", *words)) == dataclasses.replace(recipe("camvid"), **changes)
 
 
+@pytest.mark.parametrize("name", ["pretrained", "weights"])
+def test_none_is_no_file(name):
+    assert recipe("voc").pretrained == "resnet101s"
+    assert getattr(new_config(parse("voc", f"--{name}", "none")), name) is None
+    assert getattr(new_config(parse("voc", f"--{name}", "./none")), name) == "./none"
+
+
 def test_every_field_is_an_option():
     text = parser().format_help()
     for field in dataclasses.fields(TrainConfig):

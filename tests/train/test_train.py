@@ -23,47 +23,15 @@ from dfn_fast.train.folder import RunFolder
 from dfn_fast.trainer.build import poly
 from dfn_fast.trainer.finite import NonFiniteLoss
 from dfn_fast.trainer.trainer import Trainer
-from support.networks import narrow_backbones
-from support.runs import differences, timeless_metrics, write_blobs
-
-TINY = "--data folder --backbone resnet18 --channels 8 --border-channels 4 --crop 48 --batch-size 3 --lr 0.001"
-TINY += " --border-width 3 --workers 0 --log-every 1 --device cpu --scales 0.75 1 --epochs 2"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def narrow():
-    with narrow_backbones(resnet18=1):
-        yield
+from support.runs import TINY_RUN, differences, timeless_metrics
 
 
 @pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    """A folder of nine training and two validation images: bright blobs on dark ground."""
-    folder = tmp_path_factory.mktemp("data") / "photos"
-    write_blobs(folder, 9, 2, step=3)
-    return folder
-
-
-@pytest.fixture
-def tiny(photos, tmp_path, monkeypatch):
-    """Runs the command line on the tiny folder, without pictures: tiny("run", "--lr", "1") trains into tmp_path/run."""
-    monkeypatch.setattr("dfn_fast.train.__main__.draw", lambda *_: None)
-
-    def run(name, *words, code=0):
-        folder = tmp_path / name
-        options = [] if "--resume" in words else [*TINY.split(), "--root", str(photos)]
-        assert main(["camvid", *options, "--output-dir", str(folder), *words]) == code
-        return RunFolder(folder)
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def undisturbed(photos, tmp_path_factory):
+def undisturbed(narrow, photos, tmp_path_factory):
     """An undisturbed run, pictures included, and its output."""
     folder, printed = tmp_path_factory.mktemp("runs") / "undisturbed", io.StringIO()
     with contextlib.redirect_stdout(printed):
-        assert main(["camvid", *TINY.split(), "--root", str(photos), "--output-dir", str(folder)]) == 0
+        assert main(["camvid", *TINY_RUN.split(), "--root", str(photos), "--output-dir", str(folder)]) == 0
     return RunFolder(folder), printed.getvalue()
 
 
@@ -117,7 +85,7 @@ def test_workers_change_nothing(tiny):
 )
 def test_a_signal_saves_and_leaves(photos, tmp_path, number, code):
     run = RunFolder(tmp_path / "run")
-    command = [sys.executable, "-m", "dfn_fast.train", "camvid", *TINY.split(), "--root", str(photos)]
+    command = [sys.executable, "-m", "dfn_fast.train", "camvid", *TINY_RUN.split(), "--root", str(photos)]
     command += ["--epochs", "5000", "--workers", "1", "--output-dir", str(run.path)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:

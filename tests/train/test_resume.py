@@ -1,0 +1,185 @@
+"""A run continues only with the configuration, the data and the finite numbers of the run before it."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+
+from dfn_fast.checkpoint.archive import read_file
+from dfn_fast.config import TrainConfig, recipe
+from dfn_fast.errors import CheckpointError, ConfigError, DataError
+from dfn_fast.train.options import RESUMABLE
+from dfn_fast.train.resume import require_finite, require_same_config
+from support.networks import narrow_resnet
+
+# A value for each field that is neither the default of `camvid` nor refused beside the others.
+OTHER = {
+    "recipe": "voc",
+    "data": "voc",
+    "train_split": "trainval",
+    "val_split": "test",
+    "num_classes": 3,
+    "classes": "classes.txt",
+    "crop": (64, 64),
+    "scales": (1.0,),
+    "flip": False,
+    "border_width": 3,
+    "model": "reference",
+    "backbone": "resnet18",
+    "stem": "conv7",
+    "channels": 8,
+    "border_channels": 8,
+    "global_context": False,
+    "channel_attention": False,
+    "deep_supervision": False,
+    "border": False,
+    "pretrained": "resnet101s",
+    "weights": "dfn.pth",
+    "strict": False,
+    "border_weight": 1.0,
+    "focal_alpha": 0.5,
+    "focal_gamma": 1.0,
+    "focal": "torchseg",
+    "epochs": 3,
+    "iterations": 5,
+    "batch_size": 4,
+    "accumulate": 2,
+    "lr": 0.5,
+    "new_layer_lr": 2.0,
+    "power": 1.0,
+    "momentum": 0.5,
+    "weight_decay": 0.5,
+    "decay_norm_and_bias": False,
+    "amp": "off",
+    "channels_last": False,
+    "compile": True,
+    "deterministic": True,
+    "seed": 1,
+}
+
+
+@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(TrainConfig) if f.name not in RESUMABLE])
+def test_every_field_that_decides_the_result_is_compared_with_the_checkpoint(name, tmp_path):
+    saved = recipe("camvid")
+    content = {"config": saved.to_dict()}
+    require_same_config(saved, content, tmp_path / "last.pth", tmp_path / "config.json")
+    changed = dataclasses.replace(saved, **{name: OTHER[name]})
+    with pytest.raises(ConfigError, match=rf"config\.json: {name} is .*last\.pth was written with") as error:
+        require_same_config(changed, content, tmp_path / "last.pth", tmp_path / "config.json")
+    for config in (saved, changed):
+        assert repr(getattr(config, name)) in str(error.value)
+
+
+def test_a_changed_configuration_is_not_continued(tiny):
+    run = tiny("run", "--stop-after", "4")
+    before, config = run.last.read_bytes(), json.loads(run.config_file.read_text())
+    run.config_file.write_text(json.dumps({**config, "iterations": 3}))
+    with pytest.raises(ConfigError, match=r"config\.json: iterations is 3, but .*last\.pth was written with None"):
+        tiny("run", "--resume")
+    assert run.last.read_bytes() == before
+    run.config_file.write_text(json.dumps({**config, "log_every": 2}))
+    tiny("run", "--resume", "--stop-after", "5")
+
+
+@pytest.fixture
+def own_photos(photos, tmp_path):
+    """A copy of the tiny folder that a test may change."""
+    shutil.copytree(photos, tmp_path / "photos")
+    return tmp_path / "photos"
+
+
+def rename(folder, split, old, new):
+    for kind in ("images", "masks"):
+        (folder / split / kind / f"{old}.png").rename(folder / split / kind / f"{new}.png")
+
+
+def remove(folder, split, name):
+    for kind in ("images", "masks"):
+        (folder / split / kind / f"{name}.png").unlink()
+
+
+def rename_class(folder):
+    (folder / "classes.txt").write_text("ground\nrock\n")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda folder: remove(folder, "train", "04"),
+            r"split 'train' of .* had 9 images and now has 8 \(without 04",
+        ),
+        (lambda folder: rename(folder, "train", "04", "x"), r"had 9 .* now has 9 \(without 04; with the new x\)"),
+        (lambda folder: remove(folder, "val", "01"), r"split 'val' of .* had 2 images and now has 1"),
+        (rename_class, r"classes 'ground', 'blob', but the data set now has 'ground', 'rock'"),
+    ],
+    ids=["fewer images", "another name", "fewer for validation", "another class"],
+)
+def test_other_data_is_not_continued(tiny, own_photos, change, message):
+    run = tiny("run", "--root", str(own_photos), "--stop-after", "1")
+    change(own_photos)
+    with pytest.raises(DataError, match=r"last\.pth: (.|\n)*" + message + r".*; restore the data set"):
+        tiny("run", "--resume")
+    assert read_file(run.last)["position"]["iteration"] == 1
+
+
+def test_data_that_moved_is_continued(tiny, own_photos, tmp_path):
+    tiny("run", "--root", str(own_photos), "--stop-after", "1")
+    own_photos.rename(tmp_path / "elsewhere")
+    tiny("run", "--resume", "--root", str(tmp_path / "elsewhere"), "--stop-after", "2")
+
+
+def test_a_checkpoint_of_an_earlier_version_continues_with_a_note(tiny, own_photos, capsys):
+    run = tiny("run", "--root", str(own_photos), "--stop-after", "1")
+    content = read_file(run.last)
+    del content["data"]
+    torch.save(content, run.last)
+    tiny("run", "--resume", "--stop-after", "2")
+    assert "is of an earlier version and does not say which images" in capsys.readouterr().err
+    content = read_file(run.last)
+    del content["data"]
+    torch.save(content, run.last)
+    for name in ("02", "03", "04"):
+        remove(own_photos, "train", name)
+    content["position"] |= {"epoch": 1, "step": 1, "iteration": 4}
+    torch.save(content, run.last)
+    with pytest.raises(DataError, match=r"at iteration 4, epoch 1, step 1, but an epoch of this data set has 2 steps"):
+        tiny("run", "--resume")
+
+
+def test_a_run_continues_without_the_files_of_its_first_weights(tiny, tmp_path, monkeypatch):
+    torch.save(narrow_resnet("resnet18", "deep", torch.nn.BatchNorm2d).state_dict(), tmp_path / "resnet.pth")
+    other = tiny("other", "--stop-after", "1")
+    for name, option, file in (("a", "--pretrained", tmp_path / "resnet.pth"), ("b", "--weights", other.last)):
+        run = tiny(name, option, str(file), "--stop-after", "1")
+        file.unlink()
+        assert tiny(name, "--resume", "--stop-after", "2").last == run.last
+        assert read_file(run.last)["config"][option[2:]] == str(file)
+        with pytest.raises(CheckpointError, match="does not exist"):
+            tiny(f"new {name}", option, str(file))
+
+
+def test_weights_for_every_tensor_leave_pretrained_ones_unread(tiny, capsys):
+    first = tiny("first", "--stop-after", "1")
+    tiny("second", "--pretrained", "gone.pth", "--weights", str(first.last), "--stop-after", "1")
+    assert f"--pretrained gone.pth is not read: --weights {first.last}" in capsys.readouterr().out
+    with pytest.raises(CheckpointError, match=r"gone\.pth"):
+        tiny("third", "--pretrained", "gone.pth", "--weights", str(first.last), "--no-strict")
+
+
+@pytest.mark.parametrize("part", ["weight", "momentum", "beyond float32"])
+def test_a_checkpoint_that_is_not_finite_is_refused(tiny, part):
+    run = tiny("run", "--stop-after", "2")
+    content = read_file(run.last)
+    require_finite(content, run.last)
+    if part == "momentum":
+        content["optimizer"]["state"][0]["momentum_buffer"][0] = -torch.inf
+    elif part == "weight":
+        content["model"]["backbone.bn1.weight"][0] = torch.nan
+    else:
+        content["model"]["backbone.bn1.weight"] = content["model"]["backbone.bn1.weight"].double() * 1e300
+    torch.save(content, run.last)
+    with pytest.raises(CheckpointError, match=r"last\.pth: 1 tensors hold nan or infinity: .*previous\.pth"):
+        tiny("run", "--resume")
