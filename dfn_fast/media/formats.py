@@ -1,4 +1,4 @@
-"""Formats of pictures, told by a file's first bytes: those that are read here, and others, so that they can be named."""
+"""Formats of pictures, told by a file's first bytes: those that are read here, and others so that they are named."""
 
 import os
 import re

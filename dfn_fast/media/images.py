@@ -15,7 +15,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dfn_fast.errors import DataError
 from dfn_fast.files import replacing, require_regular
-from dfn_fast.media.formats import FORMATS
+from dfn_fast.media.formats import FORMATS, picture_format
 
 IGNORE = 255
 
@@ -119,14 +119,21 @@ def _naming(path: str | Path, what: str) -> Iterator[None]:
     except PermissionError:
         raise DataError(f"{path}: no permission to read this {what}") from None
     except UnidentifiedImageError:
-        size = Path(path).stat().st_size
-        raise DataError(
-            f"{path}: this {what} ({size} bytes) is not in a supported image format, {', '.join(FORMATS)}"
-        ) from None
+        raise DataError(f"{path}: {_unread(path, what)}") from None
     except MemoryError as error:
         raise DataError(f"{path}: this {what} does not fit into memory; cut it into tiles, or add memory") from error
     except Exception as error:  # a damaged file makes Pillow raise nearly anything
         raise DataError(f"{path}: this {what} is damaged or truncated ({error}); copy or download it again") from error
+
+
+def _unread(path: str | Path, what: str) -> str:
+    """Why Pillow does not open a file: it is in another format, is no picture at all, or is damaged."""
+    form = picture_format(path)
+    if form in FORMATS:
+        return f"this {what} begins as a {form} file does, but has no header that Pillow understands"
+    size = Path(path).stat().st_size
+    supported = f"is not in a supported image format, {', '.join(FORMATS)}"
+    return f"this {what} ({size} bytes) {supported}" + (f", but in {form}; convert it to PNG" if form else "")
 
 
 def _save(image: Image.Image, path: str | Path) -> None:

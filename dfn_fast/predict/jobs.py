@@ -3,13 +3,15 @@
 import argparse
 import os
 import re
+import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from dfn_fast.errors import ConfigError, shortened
-from dfn_fast.media.listing import files_by_stem, read_lines
+from dfn_fast.media.formats import FORMATS, picture_format
+from dfn_fast.media.listing import find_images, read_lines
 from dfn_fast.media.video import VIDEO_SUFFIXES, is_live, is_video
 
 VOC_FOLDER = Path("results", "VOC2012", "Segmentation", "comp6_test_cls")
@@ -95,8 +97,9 @@ def described(jobs: Sequence[Job]) -> str:
 def _find_sources(inputs: Iterable[str], output_dir: Path) -> list[tuple[str, str]]:
     """The images and videos of the INPUTs, each with the name of its results, which may contain folders.
 
-    A folder gives its images, not its videos. Files below ``output_dir`` are results of an earlier run and are skipped.
-    Raises :class:`ConfigError` if an input does not exist or holds no image.
+    A folder gives its images, also those of a format that cannot be read: they fail by name. Its other files, videos
+    too, are passed over, and one line on stderr says so. Files below ``output_dir`` are results of an earlier run and
+    are skipped. Raises :class:`ConfigError` if an input does not exist or holds no image.
     """
     sources: list[tuple[str, str]] = []
     output = output_dir.resolve()
@@ -109,8 +112,7 @@ def _find_sources(inputs: Iterable[str], output_dir: Path) -> list[tuple[str, st
                 raise ConfigError(
                     f"--output-dir {output_dir} is an input folder; choose another, as results are images too"
                 )
-            below = [(image, name) for name, image in files_by_stem(path, nested=True).items()]
-            found = [(str(image), name) for image, name in below if not image.resolve().is_relative_to(output)]
+            found = _images_below(path, output)
         elif not path.is_file():
             raise ConfigError(f"{path}: no such image, video, folder or list")
         elif path.suffix.lower() == ".txt":
@@ -121,6 +123,20 @@ def _find_sources(inputs: Iterable[str], output_dir: Path) -> list[tuple[str, st
             raise ConfigError(f"{path}: no image in it (give each video as an INPUT)")
         sources += found
     return sources
+
+
+def _images_below(folder: Path, output: Path) -> list[tuple[str, str]]:
+    """The sources of a folder, without the files in the folder ``output``. Says what is passed over."""
+    found = find_images(folder, nested=True)
+    named = [(image, name) for name, image in found.files.items()]
+    others = [path for path in found.passed_over if not path.resolve().is_relative_to(output)]
+    unread = [path for path in others if picture_format(path) not in ("", *FORMATS)]
+    # Under their whole names: the stem may be that of an image.
+    named += [(path, path.relative_to(folder).as_posix()) for path in unread]
+    note = found._replace(passed_over=[path for path in others if path not in unread]).note
+    if note:
+        print(f"{note} (a video in a folder has to be an INPUT of its own)", file=sys.stderr)
+    return [(str(image), name) for image, name in named if not image.resolve().is_relative_to(output)]
 
 
 def live_name(source: str) -> str:

@@ -58,6 +58,26 @@ def test_folders_are_read_in_depth_and_kept_in_the_names(checkpoint):
     assert files("photos/out") == expected
 
 
+def test_a_folder_gives_every_picture_and_says_what_it_passes_over(checkpoint, capsys):
+    image = Image.fromarray(picture(1))
+    forms = {"a.jpg": "JPEG", "b.jfif": "JPEG", "c.jp2": "JPEG2000", "d.gif": "GIF", "e.photo": "PNG"}
+    Path("disk").mkdir()
+    for name, form in forms.items():
+        image.save(Path("disk", name), form)
+    Path("photos").mkdir()
+    os.symlink("../disk", "photos/night")
+    Path("photos/night/a.HEIC").write_bytes(b"\0\0\0\x18ftypheic" + bytes(100))
+    Path("photos/night/notes.md").write_text("no picture")
+    Path("photos/night/._a.jpg").write_bytes(b"\0\5\x16\7")
+    assert run(checkpoint, "photos", "--output-dir", "photos/out", "--no-overlay") == 1
+    assert files("photos/out") == ["legend.png", *(f"night/{name}.png" for name in "abcde")]
+    errors = capsys.readouterr().err
+    assert errors.startswith("passed over 1 file, being no image or a second one of the same stem: photos/night/notes")
+    assert "1 of 6 images failed:\n  photos/night/a.HEIC: this image (112 bytes) is not in a supported" in errors
+    assert "but in HEIC; convert it to PNG" in errors
+    assert run(checkpoint, "photos", "--output-dir", "photos/out", "--no-overlay", "--skip-existing") == 1
+
+
 def test_list_of_paths_relative_to_the_list_and_absolute(checkpoint, here):
     for name in ("lists/my photos/a b.png", "here.png", "lists/c.png", "d.png"):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
