@@ -49,6 +49,8 @@ class Report:
         lines = [self.conditions, "", f"{'class':<{width}}  {'IoU':>6}  {'pixels':>7}"]
         for name, iou, share in zip(self.classes, self.per_class_iou, self.pixel_share, strict=True):
             lines.append(line(name, iou, f"{share:.2%}"))
+        if math.isnan(self.pixel_accuracy):
+            lines += ["", f"these images have no labelled pixel, so there is nothing to measure: {self.conditions}"]
         lines += ["", *(line(name, value) for name, value in summary.items()), ""]
         speed = f"{self.images / self.seconds:.2f} images/s with files and metrics, {self.seconds:.1f} s"
         lines.append(f"{speed}: {self.conditions}")

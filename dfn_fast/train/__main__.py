@@ -9,6 +9,7 @@ from dfn_fast.runtime.processes import Agent, World, processes
 from dfn_fast.runtime.signals import Stopped, StopRequest
 from dfn_fast.train.folder import RunFolder, default_folder
 from dfn_fast.train.options import new_config, parse, resumed_config
+from dfn_fast.train.position import NO_LABEL
 from dfn_fast.train.report import draw, summarise
 from dfn_fast.train.resume import require_same_config
 from dfn_fast.train.run import Run
@@ -73,8 +74,10 @@ def finish(run: Run) -> int:
     network = run.trainer.network(read_file(best)["model"])
     draw(run.trainer, network, run.val_set, run.folder)
     run.folder.write_summary(summarise(run.trainer, run.position, run.val_set, run.images_per_second, str(best)))
+    position = run.position
+    result = f"mIoU {position.last_mean_iou:.4f} (best {position.best_mean_iou:.4f})" if position.measured else NO_LABEL
     print(
-        f"{run.config.val_split} mIoU {run.position.last_mean_iou:.4f} (best {run.position.best_mean_iou:.4f}): "
+        f"{run.config.val_split} {result}: "
         f"checkpoint, summary.json, curves.png and predictions.png are in {run.folder.path}"
     )
     return 0

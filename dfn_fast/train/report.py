@@ -50,9 +50,9 @@ def draw(trainer: Trainer, network: ReferenceDFN, dataset: SegmentationDataset, 
 def summarise(
     trainer: Trainer, position: Position, dataset: SegmentationDataset, images_per_second: float, checkpoint: str
 ) -> dict[str, Any]:
-    """The content of summary.json. mIoU is a fraction; seconds are of training, without validation."""
+    """The content of summary.json. mIoU is a fraction, None without a labelled pixel; seconds are of training alone."""
     return {
-        "best_mean_iou": position.best_mean_iou,
+        "best_mean_iou": position.best_mean_iou if position.best_mean_iou >= 0 else None,
         "last_mean_iou": position.last_mean_iou,
         "per_class_iou": dict(zip(dataset.classes, position.per_class_iou, strict=True)),
         "images_per_second": images_per_second,

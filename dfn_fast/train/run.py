@@ -25,7 +25,7 @@ from dfn_fast.runtime.regions import region
 from dfn_fast.runtime.signals import Stopped, StopRequest
 from dfn_fast.train.folder import RunFolder
 from dfn_fast.train.loss_watch import LossWatch
-from dfn_fast.train.position import Position
+from dfn_fast.train.position import NO_LABEL, Position
 from dfn_fast.train.report import TensorBoard, validate
 from dfn_fast.train.resume import data_record, require_finite, require_same_data
 from dfn_fast.trainer.build import build_model
@@ -207,7 +207,10 @@ class Run:
         return f"{done}  {self.images_per_second:6.1f} images/s{self.skipped_text()}"
 
     def validate(self, bar: tqdm, board: TensorBoard) -> None:
-        """Measures mIoU on the validation split at one scale. Saves the best network so far as best.pth."""
+        """Measures mIoU on the validation split at one scale. Saves the best network so far as best.pth.
+
+        Without a labelled pixel there is no mIoU, and the newest network counts as the best.
+        """
         position = self.position
         report = validate(self.trainer, self.val_set, self.stop)
         position.last_mean_iou, position.per_class_iou = report.mean_iou, list(report.per_class_iou)
@@ -221,11 +224,13 @@ class Run:
             "per_class_iou": position.per_class_iou,
         }
         self.log(record, board)
+        measured = not math.isnan(report.mean_iou)
         best = report.mean_iou > position.best_mean_iou
-        line = f"{self.epoch_line()}  {self.config.val_split} mIoU {report.mean_iou:.4f}{' (best)' if best else ''}"
-        bar.write(line, file=sys.stdout)
+        result = f"mIoU {report.mean_iou:.4f}{' (best)' if best else ''}" if measured else NO_LABEL
+        bar.write(f"{self.epoch_line()}  {self.config.val_split} {result}", file=sys.stdout)
         if best:
             position.best_mean_iou = report.mean_iou
+        if best or (not measured and position.best_mean_iou < 0):
             self.save(self.folder.best)
 
     def save(self, path: Path) -> None:

@@ -146,6 +146,8 @@ def test_class_that_is_nowhere_is_absent_and_null(model):
     report = evaluate(Predictor(model, amp="off"), Void(1))
     assert math.isnan(report.mean_iou)
     assert "absent" in report.table()
+    assert "these images have no labelled pixel, so there is nothing to measure" in report.table()
+    assert "no labelled pixel" not in evaluate(Predictor(model, amp="off"), Scenes(1)).table()
     content = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert content["mean_iou"] is None
     assert content["per_class_iou"] == dict.fromkeys(CLASSES)

@@ -1,15 +1,18 @@
 import contextlib
+import dataclasses
 import errno
 import io
 import json
 import multiprocessing
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -18,6 +21,7 @@ from dfn_fast.checkpoint.archive import read_file
 from dfn_fast.data import base
 from dfn_fast.errors import CheckpointError, ConfigError, DataError
 from dfn_fast.inference.loading import load_model
+from dfn_fast.train import report
 from dfn_fast.train.__main__ import main
 from dfn_fast.train.folder import RunFolder
 from dfn_fast.trainer.build import poly
@@ -58,6 +62,45 @@ def test_a_run_leaves_all_that_it_promises(undisturbed):
     loaded = load_model(run.best)
     assert loaded.classes == ("ground", "blob")
     assert loaded.dataset == "folder"
+
+
+@pytest.fixture
+def unlabelled(photos, tmp_path):
+    """The tiny folder, whose validation labels are 255 everywhere."""
+    shutil.copytree(photos, tmp_path / "photos")
+    for mask in (tmp_path / "photos" / "val" / "masks").iterdir():
+        Image.fromarray(np.full((48, 40), 255, np.uint8)).save(mask)
+    return tmp_path / "photos"
+
+
+def test_a_validation_without_a_labelled_pixel_says_so_and_keeps_the_newest(tiny, unlabelled, capsys):
+    run = tiny("run", "--root", str(unlabelled), "--stop-after", "5")
+    run = tiny("run", "--resume")
+    printed = capsys.readouterr().out
+    assert printed.count("val has no labelled pixel: there is no mIoU, and the newest network counts as the best") == 3
+    assert "nan" not in printed
+    assert "-1.0" not in printed
+    best, last = read_file(run.best), read_file(run.last)
+    assert best["position"]["iteration"] == last["position"]["iteration"] == 6
+    assert differences(best["model"], last["model"]) == []
+    summary = json.loads(run.summary_file.read_text())
+    assert (summary["best_mean_iou"], summary["last_mean_iou"]) == (None, None)
+    assert summary["checkpoint"] == str(run.best)
+    assert [r["mean_iou"] for r in run.metrics() if r["kind"] == "val"] == [None, None]
+
+
+def test_a_later_validation_that_is_worse_leaves_the_best_network(tiny, monkeypatch):
+    scores = iter([0.5, 0.25])
+
+    def worse(*arguments, **options):
+        return dataclasses.replace(real(*arguments, **options), mean_iou=next(scores))
+
+    real = report.evaluate
+    monkeypatch.setattr(report, "evaluate", worse)
+    run = tiny("run")
+    assert read_file(run.best)["position"]["iteration"] == 3
+    position = read_file(run.last)["position"]
+    assert (position["best_mean_iou"], position["last_mean_iou"]) == (0.5, 0.25)
 
 
 @pytest.mark.parametrize("stop", [2, 3], ids=["within an epoch", "at its end"])
