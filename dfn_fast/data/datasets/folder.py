@@ -7,25 +7,25 @@
       masks/a.png   masks/night/b.png ...   class ids 0..254 in one 8-bit channel or a palette; 255: ignore
       classes.txt                           one class per line: name, or name R G B
 
-or ``ROOT/train/{images,masks}`` and ``ROOT/val/{images,masks}``. Without these, val is about every fifth image,
-chosen by a hash of that path: the same on every machine, whatever other images there are. ``--classes FILE`` or
-``--num-classes N`` replaces classes.txt.
+A split that you made is kept: ``ROOT/images/{train,val}``, ``ROOT/train/{images,masks}``, or lists of images
+``ROOT/{train,val}.txt``; valid and validation mean val. Without one, val is about every fifth image, chosen by a hash
+of that path: the same on every machine, whatever other images there are. If there are folders below images, val is
+some of them, because images of one folder are often alike. ``--classes FILE`` or ``--num-classes N`` replaces
+classes.txt.
 """
 
-import hashlib
-import os
 from pathlib import Path
 
 import numpy as np
 
-from dfn_fast.data.base import IGNORE, SegmentationDataset, require_folder
+from dfn_fast.data.base import IGNORE, SegmentationDataset
+from dfn_fast.data.datasets.layout import find_part
+from dfn_fast.data.datasets.layout import held_out as held_out
 from dfn_fast.data.datasets.pairing import pair_by_stem
 from dfn_fast.data.datasets.voc import voc_palette
-from dfn_fast.errors import ConfigError, DataError, brief, nearest
+from dfn_fast.errors import ConfigError, DataError, brief
 from dfn_fast.files import MAX_TEXT, require_regular
-from dfn_fast.media.listing import files_by_stem
 
-VAL_SHARE = 5
 MAX_NAME = 200  # characters of a class's name
 
 
@@ -38,29 +38,11 @@ class FolderDataset(SegmentationDataset):
         self, root: str | Path, split: str, *, num_classes: int | None = None, classes: str | Path | None = None
     ):
         root = Path(root)
-        known = sorted(folder.parent.name for folder in root.glob("*/images") if folder.is_dir())
-        flat = not known
-        if flat:
-            known = ["train", "val"]
-        if split not in known:
-            raise ConfigError(f"{root} has no split {split!r}; it has {', '.join(known)}" + nearest(split, known))
-        home = root if flat else root / split
-        remedy = "Expected images/ and masks/ in the root, or in train/ and val/ below it."
-        images = files_by_stem(require_folder(home / "images", "the folder of the images", remedy), nested=True)
-        masks = files_by_stem(require_folder(home / "masks", "the folder of the masks", remedy), nested=True)
-        pairs = pair_by_stem(images, masks, home)
-        if flat:
-            val = held_out([pair.name for pair in pairs])
-            pairs = [pair for pair in pairs if (pair.name in val) == (split == "val")]
+        part = find_part(root, split)
+        pairs = pair_by_stem(part.images.files, part.masks.files, part.home)
+        pairs = [pair for pair in pairs if pair.name in part.stems]
         self.classes, self.palette = class_table(root, num_classes, classes)
-        super().__init__(pairs, split, home)
-
-
-def held_out(stems: list[str]) -> set[str]:
-    """The stems that belong to val: with a SHA-256 (first 8 bytes) divisible by 5, else the one with the lowest."""
-    hashes = {stem: int.from_bytes(hashlib.sha256(os.fsencode(stem)).digest()[:8], "big") for stem in stems}
-    chosen = {stem for stem, value in hashes.items() if value % VAL_SHARE == 0}
-    return chosen or set(sorted(stems, key=hashes.__getitem__)[:1])
+        super().__init__(pairs, split, part.home, part.notes)
 
 
 def class_table(root: Path, num_classes: int | None, classes: str | Path | None) -> tuple[tuple[str, ...], np.ndarray]:
