@@ -44,7 +44,7 @@ class Survey:
         return [f"classes that are in no label: {names} ({self._extent}){self._question}"]
 
     def require_trainable(self) -> None:
-        """Raises :class:`DataError` if all labels were read and none has a pixel of a class, or all have the same class."""
+        """Raises :class:`DataError` if the labels, all of which were read, have no pixel of a class, or of one only."""
         if not self.read or not self.complete or len(self.present) > 1:
             return
         if not self.present:
