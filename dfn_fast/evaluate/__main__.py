@@ -82,6 +82,8 @@ def report(arguments: argparse.Namespace, world: World) -> None:
     if arguments.border and not loaded.model.has_border:
         raise ConfigError(f"--border: {arguments.checkpoint} has no Border Network; leave the option out")
     dataset = _dataset_from(arguments, loaded)
+    for note in dataset.notes if world.is_first else ():
+        print(f"note: {note}", file=sys.stderr)
     result = evaluate(
         predictor,
         dataset,

@@ -10,7 +10,7 @@ from dfn_fast.runtime.signals import Stopped, StopRequest
 from dfn_fast.train.folder import RunFolder, default_folder
 from dfn_fast.train.options import new_config, parse, resumed_config
 from dfn_fast.train.position import NO_LABEL
-from dfn_fast.train.report import draw, summarise
+from dfn_fast.train.report import draw, look_at_labels, summarise, tell_of_data
 from dfn_fast.train.resume import require_same_config
 from dfn_fast.train.run import Run
 from dfn_fast.trainer.finite import NonFiniteLoss
@@ -57,6 +57,9 @@ def begin(arguments: argparse.Namespace, stop: StopRequest, world: World) -> Run
     if content is not None:
         require_same_config(config, content, folder.read, folder.config_file)
     run = Run(config, folder, stop, arguments.stop_after, world, resuming=content is not None)
+    tell_of_data(run.train_set, run.val_set)
+    if content is None:
+        world.from_first(lambda: look_at_labels(run.train_set, run.val_set))
     if goes_on:
         run.resume(content)
     else:

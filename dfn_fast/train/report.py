@@ -1,11 +1,13 @@
 """The reports of a training run: validation, pictures, summary, TensorBoard."""
 
+import sys
 from typing import Any
 
 import numpy as np
 import torch
 
 from dfn_fast.data.base import SegmentationDataset
+from dfn_fast.data.survey import survey
 from dfn_fast.errors import ConfigError
 from dfn_fast.evaluate.evaluation import evaluate
 from dfn_fast.evaluate.report import Report
@@ -19,6 +21,27 @@ from dfn_fast.train.position import Position
 from dfn_fast.trainer.trainer import Trainer
 
 SHEET_ROWS = 4
+
+
+def tell_of_data(train_set: SegmentationDataset, val_set: SegmentationDataset) -> None:
+    """Prints how the data was read."""
+    for note in dict.fromkeys([*train_set.notes, *val_set.notes]):
+        print(f"note: {note}")
+
+
+def look_at_labels(train_set: SegmentationDataset, val_set: SegmentationDataset) -> None:
+    """Prints which classes no label has. Raises :class:`DataError` if the training labels hold fewer than two."""
+    found = survey(train_set)
+    found.require_trainable()
+    for warning in found.warnings:
+        print(f"warning: split {train_set.split!r}: {warning}", file=sys.stderr)
+    found = survey(val_set)
+    if found.read and found.complete and not found.present:
+        print(
+            f"warning: split {val_set.split!r} of {val_set.where} has no labelled pixel: no mIoU can be measured, and "
+            "the newest network will count as the best",
+            file=sys.stderr,
+        )
 
 
 def _predictor_of(trainer: Trainer, network: ReferenceDFN) -> Predictor:

@@ -190,6 +190,13 @@ def test_folder_without_class_names_takes_the_checkpoints(checkpoint, root, caps
     assert "boundary" not in output
 
 
+def test_how_the_data_was_read_is_noted(checkpoint, root, capsys, monkeypatch):
+    notes = property(lambda self: ["a.txt was passed over"], lambda *_: None)
+    monkeypatch.setattr(SegmentationDataset, "notes", notes)
+    assert main([str(checkpoint), "--root", str(root), "--limit", "1", "--device", "cpu"]) == 0
+    assert "note: a.txt was passed over" in capsys.readouterr().err
+
+
 def test_other_class_names_are_noted(checkpoint, root, capsys):
     (root / "classes.txt").write_text("ground\nother\nthing")
     assert main([str(checkpoint), "--root", str(root), "--limit", "1", "--device", "cpu"]) == 0

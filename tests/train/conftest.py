@@ -1,5 +1,7 @@
 """Runs of a second on a folder of nine training and two validation images, for all files of this folder."""
 
+import shutil
+
 import pytest
 
 from dfn_fast.train.__main__ import main
@@ -14,6 +16,13 @@ def photos(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "photos"
     write_blobs(folder, 9, 2, step=3)
     return folder
+
+
+@pytest.fixture
+def own_photos(photos, tmp_path):
+    """A copy of the tiny folder that a test may change."""
+    shutil.copytree(photos, tmp_path / "photos")
+    return tmp_path / "photos"
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 
 import pytest
 import torch
@@ -81,13 +80,6 @@ def test_a_changed_configuration_is_not_continued(tiny):
     assert run.last.read_bytes() == before
     run.config_file.write_text(json.dumps({**config, "log_every": 2}))
     tiny("run", "--resume", "--stop-after", "5")
-
-
-@pytest.fixture
-def own_photos(photos, tmp_path):
-    """A copy of the tiny folder that a test may change."""
-    shutil.copytree(photos, tmp_path / "photos")
-    return tmp_path / "photos"
 
 
 def rename(folder, split, old, new):
