@@ -14,11 +14,14 @@ from dfn_fast.data.base import IGNORE
 from dfn_fast.data.check import Report, check
 from dfn_fast.data.datasets.sbd import convert_sbd
 from dfn_fast.data.registry import DATASETS
+from dfn_fast.data.survey import FILE_SECONDS
 from dfn_fast.errors import ConfigError
 from dfn_fast.files import write_json
 
 PROG = "python -m dfn_fast.data"
 SHOWN = 20
+MAX_TIMEOUT = 86400
+MAX_WORKERS = 256
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -57,10 +60,19 @@ def _check_command(arguments: list[str]) -> int:
     parser.add_argument(
         "--workers", type=int, metavar="N", default=cores, help="threads (default: one per core, up to 8)"
     )
+    parser.add_argument(
+        "--file-timeout",
+        type=float,
+        metavar="SECONDS",
+        default=FILE_SECONDS,
+        help=f"for an image and its label (default: {FILE_SECONDS}; 0: no limit)",
+    )
     parser.add_argument("--json", metavar="FILE", help="write everything found to this file too")
     chosen = parser.parse_args(arguments)
-    if chosen.workers < 1:
-        raise ConfigError(f"--workers {chosen.workers}: expected at least 1")
+    if not 1 <= chosen.workers <= MAX_WORKERS:
+        raise ConfigError(f"--workers {chosen.workers}: expected at least 1 and at most {MAX_WORKERS}")
+    if not 0 <= chosen.file_timeout <= MAX_TIMEOUT:
+        raise ConfigError(f"--file-timeout {chosen.file_timeout}: expected 0..{MAX_TIMEOUT} seconds")
     if chosen.json and not Path(chosen.json).parent.is_dir():
         raise ConfigError(f"--json {chosen.json}: its folder does not exist; create it first")
     report = check(
@@ -71,6 +83,7 @@ def _check_command(arguments: list[str]) -> int:
         classes=chosen.classes,
         allow_outside_root=chosen.allow_outside_root,
         workers=chosen.workers,
+        file_timeout=chosen.file_timeout,
     )
     print(_render(report))
     if chosen.json:
@@ -150,8 +163,15 @@ def _render(report: Report) -> str:
         if texts:
             more = [f"  and {len(texts) - SHOWN} more; --json FILE writes them all"] if len(texts) > SHOWN else []
             lines += [f"{title}s ({len(texts)}):", *(f"  {text}" for text in texts[:SHOWN]), *more, ""]
-    count = len(report.all_problems())
-    return "\n".join([*lines, f"{count} problem{'s' * (count != 1)} found" if count else "Nothing is wrong."])
+    return "\n".join([*lines, _verdict(len(report.all_problems()), len(report.all_warnings()))])
+
+
+def _verdict(problems: int, warnings: int) -> str:
+    if problems:
+        return f"{problems} problem{'s' * (problems != 1)} found"
+    if warnings:
+        return f"No problem found, but {warnings} warning{'s' * (warnings != 1)}: read before you train."
+    return "Nothing is wrong."
 
 
 def _class_name(value: int, report: Report) -> str:

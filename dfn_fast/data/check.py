@@ -19,9 +19,10 @@ from tqdm import tqdm
 from dfn_fast.data.base import IGNORE, SegmentationDataset
 from dfn_fast.data.datasets.pairing import PairingError
 from dfn_fast.data.registry import build_dataset, find_entry
+from dfn_fast.data.survey import FILE_SECONDS, Survey
 from dfn_fast.errors import DataError
-from dfn_fast.media.formats import IMAGE_SUFFIXES
-from dfn_fast.media.images import open_image, read_label
+from dfn_fast.media.images import open_image
+from dfn_fast.runtime.time_limit import within
 
 _MODES = {  # how an image is read if its mode is not RGB
     "are greyscale, read as three equal channels": ("1", "L"),
@@ -120,16 +121,19 @@ def check(
     classes: str | Path | None = None,
     allow_outside_root: bool = False,
     workers: int = 2,
+    file_timeout: float = FILE_SECONDS,
 ) -> Report:
     """Reads every sample of the splits, by default the data set's train and val, in ``workers`` threads.
 
-    A split with a wrong layout is a problem in the report; an option that makes no sense raises :class:`ConfigError`.
+    A sample that takes more than ``file_timeout`` seconds is a problem in the report, as is a split with a wrong
+    layout; 0 seconds are no limit. An option that makes no sense raises :class:`ConfigError`.
     """
     entry = find_entry(name)
     asked = splits or [entry.train, entry.val]
     parts = list(dict.fromkeys(part for split in asked for part in split.split("+")))
     reports: list[SplitReport] = []
     class_names: tuple[str, ...] = ()
+    read_how: dict[str, None] = {}  # a note on several splits is shown once
     for split in parts:
         try:
             dataset = build_dataset(
@@ -140,30 +144,35 @@ def check(
             reports.append(SplitReport(split, problems=problems))
             continue
         class_names = dataset.classes
-        reports.append(_check_split(dataset, split, workers, entry.counts.get(split)))
+        read_how |= dict.fromkeys(dataset.notes)
+        reports.append(_check_split(dataset, _observe(dataset, workers, file_timeout), entry.counts.get(split)))
     problems, notes = _overlaps(reports)
-    return Report(name, None if root is None else str(root), class_names, reports, problems, notes)
+    return Report(name, None if root is None else str(root), class_names, reports, problems, [*read_how, *notes])
 
 
-def _check_split(dataset: SegmentationDataset, split: str, workers: int, published: int | None) -> SplitReport:
-    """Reads every sample of ``dataset``; ``published`` is the number of images in the published split."""
-    report = SplitReport(split, dataset.names())
+def _check_split(dataset: SegmentationDataset, samples: Iterator[Observation], published: int | None) -> SplitReport:
+    """The findings on the ``samples`` of ``dataset``; ``published`` is how many the published split has."""
+    report = SplitReport(dataset.split, dataset.names())
     modes: Counter[str] = Counter()
-    only_ignored = 0
-    progress = tqdm(_observe(dataset, workers), split, len(dataset), unit="image")
+    labels = only_ignored = 0
+    progress = tqdm(samples, dataset.split, len(dataset), unit="image")
     for seen, name in zip(progress, report.names, strict=True):
         report.problems += seen.problems
         modes[seen.mode] += 1
         if seen.size is not None:
             report.sizes[seen.size] += 1
         if seen.pixels is not None:
+            labels += not seen.problems
             report.pixels += seen.pixels
             only_ignored += bool(seen.pixels[IGNORE] == seen.pixels.sum())
         if seen.digest is not None:
             report.digests[seen.digest].append(name)
-    absent = [name for i, name in enumerate(dataset.classes) if not report.pixels[i]]
-    if absent:
-        report.warnings.append(f"classes that are in no label: {', '.join(absent)}")
+    survey = Survey(dataset, report.pixels, labels)
+    try:
+        survey.require_trainable()
+        report.warnings += survey.warnings
+    except DataError as error:
+        (report.warnings if _held_out(dataset.split) else report.problems).append(str(error))
     report.notes += _notes(report, modes, only_ignored, published)
     return report
 
@@ -176,9 +185,9 @@ def _observation(dataset: SegmentationDataset, index: int) -> Observation:
         sample = dataset[index]
     except DataError as error:
         problems, pixels = [str(error)], None
-        if pair and pair.label.suffix.lower() in IMAGE_SUFFIXES:
+        if pair:
             try:
-                pixels = _histogram(dataset.class_ids(read_label(pair.label), pair.label))
+                pixels = _histogram(dataset.label(index))
             except DataError as second:
                 problems += [str(second)] if str(second) != str(error) else []
         return Observation(None, pixels, mode, digest, problems)
@@ -207,14 +216,28 @@ def _overlaps(reports: list[SplitReport]) -> tuple[list[str], list[str]]:
 
 def _must_differ(a: str, b: str) -> bool:
     """Training splits may contain each other, as trainval contains val; no other may overlap with val or test."""
-    names = [Path(split).stem for split in (a, b)]  # a list's split may be a path
-    held_out = [("val" in name or "test" in name) and not name.startswith("train") for name in names]
-    return any(held_out) and "trainval" not in names
+    return (_held_out(a) or _held_out(b)) and "trainval" not in (Path(a).stem, Path(b).stem)
 
 
-def _observe(dataset: SegmentationDataset, workers: int) -> Iterator[Observation]:
+def _held_out(split: str) -> bool:
+    name = Path(split).stem  # a list's split may be a path
+    return ("val" in name or "test" in name) and not name.startswith("train")
+
+
+def _observe(dataset: SegmentationDataset, workers: int, seconds: float) -> Iterator[Observation]:
+    def observation(index: int) -> Observation:
+        name = dataset.pairs[index].image if dataset.pairs else index
+        slow = DataError(
+            f"{name}: this image and its label were not read within {seconds:g} s; are they damaged? If not, allow "
+            "more with --file-timeout"
+        )
+        try:
+            return within(seconds, lambda: _observation(dataset, index), slow)
+        except DataError as error:
+            return Observation(None, None, "", None, [str(error)])
+
     with ThreadPool(workers) as pool:  # decoding and hashing let other threads run
-        yield from pool.imap(lambda index: _observation(dataset, index), range(len(dataset)))
+        yield from pool.imap(observation, range(len(dataset)))
 
 
 def _image_file(path: Path) -> tuple[str, bytes | None]:

@@ -4,12 +4,14 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from dfn_fast import cli
+from dfn_fast.data import check as check_module
 from dfn_fast.data.__main__ import main
 from dfn_fast.data.check import check
 from dfn_fast.data.registry import DATASETS
@@ -124,9 +126,10 @@ def test_an_image_in_two_lists_is_wrong(folder, write):
     assert len(report.notes) == 1
 
 
-def test_training_splits_may_share_images(tmp_path, write_pair):
+def test_training_splits_may_share_images(tmp_path, write, write_pair):
     for split, name in (("train", "a"), ("val", "b")):
         write_pair(f"{split}/{name}.png", f"{split}annot/{name}.png")
+        write(f"{split}annot/{name}.png", np.array([[0, 1, 2, 3, 4, 5]] * 4, np.uint8))
     report = check("camvid", tmp_path, ["train", "val", "trainval"])
     assert report.all_problems() == []
     assert any("train and trainval share 1 images" in note for note in report.notes)
@@ -138,7 +141,48 @@ def test_classes_that_never_occur_are_a_warning(folder, write, capsys):
     code, out = run("check", "folder", "--root", folder, capsys=capsys)
     assert code == 0
     assert "Warnings (2):" in out
-    assert "train: classes that are in no label: sea, ice" in out
+    assert "train: classes that are in no label: sea, ice (4 of 4 labels read)" in out
+    assert out.rstrip().endswith("No problem found, but 2 warnings: read before you train.")
+
+
+def test_labels_that_no_training_can_use_are_wrong_in_train_and_a_warning_in_val(folder, write, capsys):
+    for stem in ("train/masks/t0", "train/masks/t1", "train/masks/t2", "train/masks/t3", "val/masks/v0"):
+        write(f"{stem}.png", np.array([[0, 0, 0, 0, 255, 255, 255, 255]] * 6, np.uint8))
+    write("val/masks/v1.png", np.full((6, 8), 255, np.uint8))
+    code, out = run("check", "folder", "--root", folder, capsys=capsys)
+    assert code == 1
+    assert "Problems (1):" in out
+    assert "every labelled pixel of split 'train' has class 'sky' (4 of 4 labels read)" in out
+    assert "50 % of the pixels are 255, which is ignored: is it meant as 'road'? Then write 1 in its place" in out
+    assert "Warnings (1):" in out
+    write("train/masks/t0.png", np.array([[0, 1, 2, 3, 3, 3, 3, 3]] * 6, np.uint8))  # what a wrong file holds is open
+    assert run("check", "folder", "--root", folder, capsys=capsys)[1].count("every labelled pixel") == 1
+
+
+def test_how_a_data_set_was_read_is_noted_once(folder, capsys):
+    for kind in ("images", "masks"):
+        (folder / kind).mkdir()
+        for split in ("train", "val"):
+            (folder / split / kind).rename(folder / kind / split)
+    code, out = run("check", "folder", "--root", folder, capsys=capsys)
+    assert code == 0
+    assert "Notes (1):" in out
+    assert f"  The split is that of the folders in {folder}/images: 4 train, 2 val." in out
+
+
+def test_a_file_has_a_time_limit(folder, capsys, monkeypatch):
+    read = check_module._observation
+
+    def slow(dataset, index):
+        if dataset.pairs[index].name == "t1":
+            threading.Event().wait(5)
+        return read(dataset, index)
+
+    monkeypatch.setattr(check_module, "_observation", slow)
+    code, out = run("check", "folder", "--root", folder, "--file-timeout", "0.2", capsys=capsys)
+    assert code == 1
+    assert "t1.png: this image and its label were not read within 0.2 s; are they damaged?" in out
+    assert "1 problem found" in out
 
 
 def test_notes(folder, write):
@@ -186,7 +230,11 @@ def test_threads_give_the_same_report(folder):
     [
         (["--split", "tain"], "has no split 'tain'; it has train, val; did you mean train"),
         (["--num-classes", "5"], "--num-classes 5"),
-        (["--workers", "0"], "--workers 0: expected at least 1"),
+        (["--workers", "0"], "--workers 0: expected at least 1 and at most 256"),
+        (["--workers", "257"], "--workers 257: expected at least 1 and at most 256"),
+        (["--file-timeout", "-1"], r"--file-timeout -1\.0: expected 0\.\.86400 seconds"),
+        (["--file-timeout", "nan"], "--file-timeout nan: expected"),
+        (["--file-timeout", "86401"], "--file-timeout 86401"),
         (["--json", "/nowhere/r.json"], "--json /nowhere/r.json: its folder does not exist"),
     ],
 )

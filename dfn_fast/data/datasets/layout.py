@@ -84,8 +84,8 @@ def _from_split_folder(root: Path, folders: list[Path], split: str) -> Part:
             raise DataError(f"{twin} and {folder} are the same split by their names; keep one of the two")
     home = by_split[_known(root, split, by_split)]
     images, masks = _files(home)
-    note = f"Split {split} is {home / 'images'}: {len(images.files)} images."
-    return Part(images, masks, set(images.files), home, list(by_split.values()), [note])
+    notes = [f"Split {split} is folder {home.name}: {len(images.files)} images."] if home.name != split else []
+    return Part(images, masks, set(images.files), home, list(by_split.values()), notes)
 
 
 def _from_one_folder(root: Path, lists: dict[str, Path], split: str) -> Part:
