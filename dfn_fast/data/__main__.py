@@ -10,11 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from dfn_fast import cli
-from dfn_fast.data.base import IGNORE
+from dfn_fast.data.base import FILE_SECONDS, IGNORE
 from dfn_fast.data.check import Report, check
 from dfn_fast.data.datasets.sbd import convert_sbd
 from dfn_fast.data.registry import DATASETS
-from dfn_fast.data.survey import FILE_SECONDS
 from dfn_fast.errors import ConfigError
 from dfn_fast.files import write_json
 

@@ -6,9 +6,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dfn_fast.data.palettes import Palettes
 from dfn_fast.errors import DataError
 from dfn_fast.media.images import IGNORE as IGNORE
 from dfn_fast.media.images import read_image, read_label
+
+FILE_SECONDS = 60  # to read one file: a damaged or hostile one must not hold up everything
 
 
 class Sample(NamedTuple):
@@ -39,6 +42,7 @@ class SegmentationDataset:
     classes: tuple[str, ...] = ()
     palette: np.ndarray = np.zeros((0, 3), np.uint8)
     notes: Sequence[str] = ()  # whole sentences
+    palettes: Palettes | None = None  # against which the colours of palette labels are held
 
     def __init__(self, pairs: list[Pair], split: str, where: str | Path, notes: Iterable[str] = ()):
         self.pairs, self.split, self.where = pairs, split, where
@@ -59,6 +63,8 @@ class SegmentationDataset:
 
     def class_ids(self, raw: np.ndarray, path: Path) -> np.ndarray:
         """The label file's values as class ids and 255; by default unchanged."""
+        if self.palettes is not None:
+            self.palettes.compare(raw, path)
         return raw
 
     def label(self, index: int) -> np.ndarray:

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from dfn_fast.data.base import IGNORE, SegmentationDataset
+from dfn_fast.data.base import FILE_SECONDS, IGNORE, SegmentationDataset
 from dfn_fast.data.datasets.pairing import PairingError
 from dfn_fast.data.registry import build_dataset, find_entry
-from dfn_fast.data.survey import FILE_SECONDS, Survey
+from dfn_fast.data.survey import Survey
 from dfn_fast.errors import DataError
 from dfn_fast.media.images import open_image
 from dfn_fast.runtime.time_limit import within
@@ -132,6 +132,7 @@ def check(
     asked = splits or [entry.train, entry.val]
     parts = list(dict.fromkeys(part for split in asked for part in split.split("+")))
     reports: list[SplitReport] = []
+    datasets: list[SegmentationDataset] = []
     class_names: tuple[str, ...] = ()
     read_how: dict[str, None] = {}  # a note on several splits is shown once
     for split in parts:
@@ -143,10 +144,12 @@ def check(
             problems = error.problems if isinstance(error, PairingError) else [str(error)]
             reports.append(SplitReport(split, problems=problems))
             continue
+        datasets.append(dataset)
         class_names = dataset.classes
         read_how |= dict.fromkeys(dataset.notes)
         reports.append(_check_split(dataset, _observe(dataset, workers, file_timeout), entry.counts.get(split)))
     problems, notes = _overlaps(reports)
+    problems += _palette_problems(datasets)
     return Report(name, None if root is None else str(root), class_names, reports, problems, [*read_how, *notes])
 
 
@@ -212,6 +215,18 @@ def _overlaps(reports: list[SplitReport]) -> tuple[list[str], list[str]]:
                 f"{a.split} and {b.split} share {len(renamed)} names whose images differ: {_first(sorted(renamed))}"
             )
     return problems, notes
+
+
+def _palette_problems(datasets: list[SegmentationDataset]) -> list[str]:
+    """Where the palettes of two splits contradict each other."""
+    palettes = [dataset.palettes for dataset in datasets if dataset.palettes]
+    problems = []
+    for other in palettes[1:]:
+        try:
+            palettes[0].agree(other)
+        except DataError as error:
+            problems.append(str(error))
+    return problems
 
 
 def _must_differ(a: str, b: str) -> bool:

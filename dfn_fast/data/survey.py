@@ -6,12 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dfn_fast.data.base import IGNORE, SegmentationDataset
+from dfn_fast.data.base import FILE_SECONDS, IGNORE, SegmentationDataset
 from dfn_fast.errors import DataError, listed
 from dfn_fast.media.images import read_label
 from dfn_fast.runtime.time_limit import within
-
-FILE_SECONDS = 60  # for one label: a damaged or hostile file must not hold up everything
 
 
 @dataclass

@@ -16,8 +16,9 @@ import os
 from pathlib import Path
 
 from dfn_fast.data.base import Pair, SegmentationDataset
-from dfn_fast.data.datasets.folder import class_table
+from dfn_fast.data.datasets.classes import class_table
 from dfn_fast.data.datasets.pairing import PairingError, below, checked_pairs
+from dfn_fast.data.palettes import Palettes
 from dfn_fast.errors import ConfigError, DataError, nearest, shortened
 from dfn_fast.media.listing import read_lines
 
@@ -39,7 +40,8 @@ class ListDataset(SegmentationDataset):
         root = Path(root)
         limit = None if allow_outside_root else root
         list_file = _list_file(root, split)
-        self.classes, self.palette = class_table(root, num_classes, classes)
+        table = class_table([root], num_classes, classes)
+        self.classes, self.palette, self.palettes = table.names, table.palette, Palettes(table.colours, table.source)
         pairs, problems = [], []
         for number, line in read_lines(list_file):
             try:

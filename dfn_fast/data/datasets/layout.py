@@ -29,6 +29,7 @@ class Part(NamedTuple):
     stems: set[str]  # of its pairs; the files may be those of other splits too
     home: Path  # the folder of images/ and masks/
     homes: list[Path]  # those of all splits
+    samples: list[Path]  # a mask of each split
     notes: list[str]
 
 
@@ -85,7 +86,8 @@ def _from_split_folder(root: Path, folders: list[Path], split: str) -> Part:
     home = by_split[_known(root, split, by_split)]
     images, masks = _files(home)
     notes = [f"Split {split} is folder {home.name}: {len(images.files)} images."] if home.name != split else []
-    return Part(images, masks, set(images.files), home, list(by_split.values()), notes)
+    others = [find_images(folder / "masks", nested=True).files for folder in folders]
+    return Part(images, masks, set(images.files), home, folders, [*map(_first, filter(None, others))], notes)
 
 
 def _from_one_folder(root: Path, lists: dict[str, Path], split: str) -> Part:
@@ -111,7 +113,20 @@ def _from_one_folder(root: Path, lists: dict[str, Path], split: str) -> Part:
     else:  # files without a partner are told too, unless they belong to another split
         scope = {stem for stem in stems | set(masks.files) if _splits_in(stem) <= {split_name(split)}}
     counts = ", ".join(f"{len(chosen[name])} {name}" for name in _NAMES if name in chosen)
-    return Part(_only(images, scope), _only(masks, scope), mine, root, [root], [f"{how}: {counts}."])
+    samples = [_only(masks, stems).files for stems in chosen.values()]
+    return Part(
+        _only(images, scope),
+        _only(masks, scope),
+        mine,
+        root,
+        [root],
+        [*map(_first, filter(None, samples))],
+        [f"{how}: {counts}."],
+    )
+
+
+def _first(files: dict[str, Path]) -> Path:
+    return files[min(files)]
 
 
 def _only(found: Found, stems: set[str]) -> Found:

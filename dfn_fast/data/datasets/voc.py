@@ -20,6 +20,7 @@ import numpy as np
 
 from dfn_fast.data.base import Pair, SegmentationDataset, require_folder
 from dfn_fast.data.datasets.pairing import below, checked_pairs
+from dfn_fast.data.palettes import Palettes
 from dfn_fast.errors import DataError, shortened
 from dfn_fast.media.listing import files_by_stem, read_lines
 
@@ -57,6 +58,8 @@ class VocDataset(SegmentationDataset):
             pairs = listed_pairs(home, segmentation_list(home, split), "SegmentationClass", limit)
         where = home if split == "train_aug" else segmentation_list(home, split)
         super().__init__(checked_pairs(pairs, where), split, where)
+        colours = {i: (r, g, b) for i, (r, g, b) in enumerate(self.palette.tolist())}
+        self.palettes = Palettes(colours, "PASCAL VOC")
 
 
 def find_voc(root: Path) -> Path:

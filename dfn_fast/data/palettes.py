@@ -1,0 +1,50 @@
+"""The colours of palette labels: a sign of the order in which a program numbered the classes."""
+
+from pathlib import Path
+
+import numpy as np
+
+from dfn_fast.errors import DataError
+from dfn_fast.media.images import IGNORE, open_image
+
+Colour = tuple[int, int, int]
+
+
+class Palettes:
+    """The colour of each class id, from ``source`` or from the first label that has one; later labels must agree.
+
+    A program that makes a palette anew for each image, as ``quantize`` of Pillow and many others do, numbers the
+    colours by how often they occur, so that one id means another class in each file.
+    """
+
+    def __init__(self, colours: dict[int, Colour], source: str | Path):
+        self._known: dict[int, tuple[Colour, str | Path]] = {i: (colour, source) for i, colour in colours.items()}
+
+    def compare(self, ids: np.ndarray, path: Path) -> None:
+        """Raises :class:`DataError` if an id in the label file ``path`` has another colour there than is known."""
+        palette = _palette(path)
+        used = np.flatnonzero(np.bincount(ids.ravel(), minlength=256))
+        self._add({i: (palette[i], path) for i in used.tolist() if i < len(palette) and i != IGNORE})
+
+    def agree(self, other: "Palettes") -> None:
+        """Raises :class:`DataError` if an id has another colour in ``other``, that of another split."""
+        self._add(other._known)
+
+    def _add(self, colours: dict[int, tuple[Colour, str | Path]]) -> None:
+        for i, (colour, source) in colours.items():
+            known, first = self._known.setdefault(i, (colour, source))
+            if colour != known:
+                raise DataError(
+                    f"{source}: class id {i} has colour {colour} in its palette, but {known} in {first}: one id would "
+                    "mean two classes. Save all labels with one palette, or with class ids in one grey channel; if the "
+                    "ids are right, leave the colours out of the table of classes"
+                )
+
+
+def _palette(path: Path) -> list[Colour]:
+    """The colours of a label's palette; none if it has no palette, or one of a single colour or of its own indices."""
+    with open_image(path, "label") as image:
+        values = image.getpalette("RGB") if image.mode == "P" else None
+    colours = [(r, g, b) for r, g, b in zip(*[iter(values or [])] * 3, strict=False)]
+    indices = all(colour == (i, i, i) for i, colour in enumerate(colours))
+    return [] if indices or len(colours) > 1 == len(set(colours)) else colours
