@@ -3,13 +3,14 @@
 import argparse
 import errno
 import io
+import math
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
-from dfn_fast.errors import UserError, nearest, printable
+from dfn_fast.errors import ConfigError, UserError, brief, nearest, printable
 
 # tqdm's settings for a progress bar of images: always images/s, however slow.
 IMAGES_BAR: dict[str, Any] = {
@@ -75,6 +76,17 @@ def size(text: str) -> tuple[int, int]:
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size; write 512 or 512x1024 (height x width)")
     return int(match[1]), int(match[2] or match[1])
+
+
+def require_range(option: str, value: Any, minimum: float | None, maximum: float | None) -> None:
+    """Raises :class:`ConfigError` unless a number, or each of a tuple of numbers, is finite and between the two."""
+    for number in value if isinstance(value, tuple) else (value,):
+        if isinstance(number, float) and not math.isfinite(number):
+            raise ConfigError(f"{option} must be finite, got {number}")
+        if minimum is not None and number < minimum:
+            raise ConfigError(f"{option} must be at least {minimum:.15g}, got {brief(number)}")
+        if maximum is not None and number > maximum:
+            raise ConfigError(f"{option} must be at most {maximum:.15g}, got {brief(number)}")
 
 
 class _Printable:

@@ -2,26 +2,43 @@
 
 import dataclasses
 import json
-import math
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dfn_fast import cli
+from dfn_fast.data.border import MAX_WIDTH
+from dfn_fast.data.transforms import MAX_SCALE, MIN_SCALE
 from dfn_fast.errors import ConfigError, brief, nearest
 from dfn_fast.files import MAX_TEXT, require_regular
+from dfn_fast.media.images import IGNORE
 from dfn_fast.network.backbone import LAYERS, MIN_SIZE, STEMS
 
 MODELS = ("fast", "reference")
 MEMORY = ("off", "norm", "blocks")
-LARGEST = 1 << 62  # limit of integers, within the range of PyTorch and NumPy
+LARGEST = 1 << 62  # limit of numbers, within the range of PyTorch's and NumPy's integers
+# Each limit is far above what anybody trains with, and below what would exhaust a machine's memory by itself.
+MAX_CROP = 1 << 14
+MAX_CHANNELS = 1 << 11
+MAX_BATCH = 1 << 16
 PAPER_SCALES = (0.5, 0.75, 1.0, 1.5, 1.75)
 
 
-def option(default: Any, group: str, text: str, choices: tuple[str, ...] = (), minimum: float | None = None) -> Any:
-    """Returns a field with its default, its group in ``--help``, its help text and the values it accepts."""
-    return field(default=default, metadata={"group": group, "help": text, "choices": choices, "minimum": minimum})
+def option(
+    default: Any,
+    group: str,
+    text: str,
+    choices: tuple[str, ...] = (),
+    minimum: float | None = None,
+    maximum: float | None = None,
+) -> Any:
+    """Returns a field with its default, its group in ``--help``, its help text and the values it accepts.
+
+    The limits are of a number, or of each number of a tuple. Without a ``maximum`` it is ``LARGEST``.
+    """
+    limits = {"minimum": minimum, "maximum": LARGEST if maximum is None else maximum}
+    return field(default=default, metadata={"group": group, "help": text, "choices": choices, **limits})
 
 
 @dataclass(frozen=True)
@@ -35,20 +52,27 @@ class TrainConfig:
     train_split: str = option("train", "data", "split to train on; join several with +")
     val_split: str = option("val", "data", "split to validate on")
     num_classes: int | None = option(
-        None, "data", "number of classes, for folder and list data without class names", minimum=2
+        None, "data", "number of classes, for folder and list data without class names", minimum=2, maximum=IGNORE
     )
     classes: str | None = option(None, "data", "file of class names, one per line, for folder and list data")
-    crop: tuple[int, int] = option((512, 512), "data", "size of a training crop: 512 or 512x1024 (height x width)")
-    scales: tuple[float, ...] = option(PAPER_SCALES, "data", "random scales of the training images")
+    crop: tuple[int, int] = option(
+        (512, 512), "data", "size of a training crop: 512 or 512x1024 (height x width)", maximum=MAX_CROP
+    )
+    scales: tuple[float, ...] = option(
+        PAPER_SCALES, "data", "random scales of the training images", minimum=MIN_SCALE, maximum=MAX_SCALE
+    )
     flip: bool = option(True, "data", "flip half of the training images left to right")
-    border_width: int = option(7, "data", "width of the border targets in pixels, odd", minimum=1)
+    border_width: int = option(7, "data", "width of the border targets in pixels, odd", minimum=1, maximum=MAX_WIDTH)
     allow_outside_root: bool = option(False, "data", "let lists name files outside --root")
-    workers: int = option(4, "data", "processes that load images; 0 loads them in the main process", minimum=0)
+    workers: int = option(
+        4, "data", "processes that load images; 0 loads them in the main process", minimum=0, maximum=1024
+    )
     loader_timeout: float = option(
         300.0,
         "data",
-        "fail, naming the sample, if a batch takes longer than this many seconds; 0 waits forever, as --workers 0 does",
+        "fail, naming the sample, if a batch takes longer than this many seconds; 0 waits forever",
         minimum=0,
+        maximum=1e6,
     )
 
     model: str = option(
@@ -58,8 +82,8 @@ class TrainConfig:
     stem: str = option(
         "deep", "network", "three 3x3 convolutions (published DFN) or one 7x7 (torchvision)", choices=STEMS
     )
-    channels: int = option(512, "network", "width of the Smooth Network", minimum=1)
-    border_channels: int = option(21, "network", "width of the Border Network", minimum=1)
+    channels: int = option(512, "network", "width of the Smooth Network", minimum=1, maximum=MAX_CHANNELS)
+    border_channels: int = option(21, "network", "width of the Border Network", minimum=1, maximum=MAX_CHANNELS)
     global_context: bool = option(True, "network", "global average pooling above the highest stage")
     channel_attention: bool = option(True, "network", "channel attention blocks; off: additions")
     deep_supervision: bool = option(True, "network", "a loss at each of the four stages; off: only at the last")
@@ -72,9 +96,9 @@ class TrainConfig:
     )
     strict: bool = option(True, "network", "require --weights to fit in every tensor")
 
-    border_weight: float = option(0.1, "loss", "lambda of eq. 7: weight of the border losses", minimum=0)
-    focal_alpha: float = option(0.25, "loss", "alpha of the focal loss, eq. 4", minimum=0)
-    focal_gamma: float = option(2.0, "loss", "gamma of the focal loss, eq. 4", minimum=0)
+    border_weight: float = option(0.1, "loss", "lambda of eq. 7: weight of the border losses", minimum=0, maximum=1e6)
+    focal_alpha: float = option(0.25, "loss", "alpha of the focal loss, eq. 4", minimum=0, maximum=1)
+    focal_gamma: float = option(2.0, "loss", "gamma of the focal loss, eq. 4", minimum=0, maximum=100)
     focal: str = option(
         "retinanet",
         "loss",
@@ -82,21 +106,29 @@ class TrainConfig:
         ("retinanet", "torchseg"),
     )
 
-    epochs: int = option(40, "optimiser", "passes over the training images", minimum=1)
-    iterations: int | None = option(None, "optimiser", "optimiser steps in all, instead of --epochs", minimum=1)
-    batch_size: int = option(
-        32, "optimiser", "images per forward pass, in all processes together under torchrun", minimum=1
+    epochs: int = option(40, "optimiser", "passes over the training images", minimum=1, maximum=1e6)
+    iterations: int | None = option(
+        None, "optimiser", "optimiser steps in all, instead of --epochs", minimum=1, maximum=1e9
     )
-    accumulate: int = option(1, "optimiser", "forward passes per step, whose gradients are averaged", minimum=1)
-    lr: float = option(4e-3, "optimiser", "initial learning rate of the backbone", minimum=0)
+    batch_size: int = option(
+        32,
+        "optimiser",
+        "images per forward pass, in all processes together under torchrun",
+        minimum=1,
+        maximum=MAX_BATCH,
+    )
+    accumulate: int = option(
+        1, "optimiser", "forward passes per step, whose gradients are averaged", minimum=1, maximum=MAX_BATCH
+    )
+    lr: float = option(4e-3, "optimiser", "initial learning rate of the backbone", minimum=0, maximum=1e6)
     new_layer_lr: float = option(
-        1.0, "optimiser", "factor on the learning rate of all layers outside the backbone", minimum=0
+        1.0, "optimiser", "factor on the learning rate of all layers outside the backbone", minimum=0, maximum=1e6
     )
     power: float = option(
-        0.9, "optimiser", "power of the poly policy: lr * (1 - iteration / iterations) ^ power", minimum=0
+        0.9, "optimiser", "power of the poly policy: lr * (1 - iteration / iterations) ^ power", minimum=0, maximum=100
     )
-    momentum: float = option(0.9, "optimiser", "momentum of SGD", minimum=0)
-    weight_decay: float = option(1e-4, "optimiser", "weight decay of SGD", minimum=0)
+    momentum: float = option(0.9, "optimiser", "momentum of SGD", minimum=0, maximum=1)
+    weight_decay: float = option(1e-4, "optimiser", "weight decay of SGD", minimum=0, maximum=1e3)
     decay_norm_and_bias: bool = option(True, "optimiser", "weight decay for norm layers and biases too")
 
     device: str = option("auto", "execution", "cuda, cuda:1 or cpu; auto: CUDA if available")
@@ -136,24 +168,21 @@ class TrainConfig:
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
-            value, limit, choices = getattr(self, f.name), f.metadata["minimum"], f.metadata["choices"]
-            if limit is not None and value is not None and not value >= limit:
-                raise ConfigError(f"--{cli.dashed(f.name)} must be at least {limit:g}, got {brief(value)}")
+            value, choices = getattr(self, f.name), f.metadata["choices"]
             if choices and value not in choices:
                 raise ConfigError(
                     f"--{cli.dashed(f.name)} must be one of {', '.join(choices)}, got {brief(value)}"
                     + nearest(str(value)[:80], choices)
                 )
-            numbers = value if isinstance(value, tuple) else (value,)
-            if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
-                raise ConfigError(f"--{cli.dashed(f.name)} must be finite, got {value}")
+            if isinstance(value, int | float | tuple) and not isinstance(value, bool):
+                cli.require_range(f"--{cli.dashed(f.name)}", value, f.metadata["minimum"], f.metadata["maximum"])
         if min(self.crop) < MIN_SIZE:
             raise ConfigError(
                 f"--crop {self.crop[0]}x{self.crop[1]} is too small: "
                 f"the network needs {MIN_SIZE} x {MIN_SIZE} pixels or more"
             )
-        if not self.scales or min(self.scales) <= 0:
-            raise ConfigError(f"--scales must be positive numbers, got {list(self.scales)}")
+        if not self.scales:
+            raise ConfigError("--scales must be one or more numbers, got none")
         if self.border_width % 2 == 0:
             raise ConfigError(f"--border-width must be odd, got {self.border_width}")
         if self.batch_size == 1 and self.global_context:

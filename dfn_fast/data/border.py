@@ -7,6 +7,8 @@ import numpy as np
 
 from dfn_fast.errors import ConfigError, DataError
 
+MAX_WIDTH = 255  # pixels: a wider border is none, and the time of a dilation grows with its width
+
 
 def border_targets(label: np.ndarray, width: int = 7, ignore_index: int = 255) -> np.ndarray:
     """1 on the borders between classes, 0 elsewhere, 255 where the label is ``ignore_index``.
@@ -17,13 +19,13 @@ def border_targets(label: np.ndarray, width: int = 7, ignore_index: int = 255) -
 
     Args:
         label: ``[H, W]`` uint8 class ids, any size from 1 x 1.
-        width: of a border in pixels, odd; 1 leaves Canny's edges as they are.
+        width: of a border in pixels, odd, at most ``MAX_WIDTH``; 1 leaves Canny's edges as they are.
 
     Returns:
         ``[H, W]`` uint8 in {0, 1, 255}. Two pixels that touch and differ have an edge within one pixel of them.
 
     Raises:
-        ConfigError: the width is not odd and positive.
+        ConfigError: the width is not odd and positive, or too large.
         DataError: the label is not a two-dimensional, non-empty uint8 array.
     """
     check_width(width)
@@ -41,9 +43,9 @@ def border_targets(label: np.ndarray, width: int = 7, ignore_index: int = 255) -
 
 
 def check_width(width: int) -> None:
-    """Raises :class:`ConfigError` unless ``width`` is odd and positive."""
-    if width < 1 or width % 2 == 0:
-        raise ConfigError(f"border width: expected an odd number of pixels (1, 3, 5, ...), got {width}")
+    """Raises :class:`ConfigError` unless ``width`` is odd, positive and at most ``MAX_WIDTH``."""
+    if not 1 <= width <= MAX_WIDTH or width % 2 == 0:
+        raise ConfigError(f"border width: expected an odd number of pixels (1, 3, 5 ... {MAX_WIDTH}), got {width}")
 
 
 def fill_with_nearest(label: np.ndarray, void: np.ndarray) -> np.ndarray:

@@ -14,6 +14,7 @@ from dfn_fast.data.normalize import PAD_COLOUR
 from dfn_fast.errors import ConfigError
 
 MIN_CROP = 32
+MIN_SCALE, MAX_SCALE = 0.01, 16  # at 16, a photo of 12 megapixels takes 9 GB
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,10 @@ class TrainTransform:
                 f"crop {self.crop[0]}x{self.crop[1]}: expected at least {MIN_CROP}x{MIN_CROP}, the network's largest "
                 "stride; choose a larger crop: smaller images are padded"
             )
-        if not self.scales or not all(0 < scale < float("inf") for scale in self.scales):
-            raise ConfigError(f"scales {self.scales}: expected one or more positive numbers, such as 0.5 1 1.5")
+        if not self.scales or not all(MIN_SCALE <= scale <= MAX_SCALE for scale in self.scales):
+            raise ConfigError(
+                f"scales {self.scales}: expected one or more numbers from {MIN_SCALE} to {MAX_SCALE}, such as 0.5 1 1.5"
+            )
         check_width(self.border_width)
 
     def __call__(

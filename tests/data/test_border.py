@@ -154,7 +154,7 @@ def test_wrong_label_is_refused(label):
         border_targets(label)
 
 
-@pytest.mark.parametrize("width", [0, -1, 2, 8])
+@pytest.mark.parametrize("width", [0, -1, 2, 8, 257, 10**9 + 1])
 def test_wrong_width_is_refused(width):
     with pytest.raises(ConfigError, match=f"odd number of pixels .* got {width}"):
         border_targets(np.zeros((4, 4), np.uint8), width)

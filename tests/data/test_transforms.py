@@ -149,6 +149,7 @@ def test_pickles():
         ({"scales": ()}, "scales"),
         ({"scales": (1.0, 0.0)}, "scales"),
         ({"scales": (float("nan"),)}, "scales"),
+        ({"scales": (1.0, 17.0)}, "scales"),
         ({"border_width": 4}, "border width.*odd.*got 4"),
     ],
 )

@@ -69,6 +69,34 @@ def test_every_field_is_an_option():
             assert f"--{field.name.replace('_', '-')}" in text
 
 
+NUMBERS = [f for f in dataclasses.fields(TrainConfig) if not isinstance(f.default, str | bool | None)]
+NUMBERS += [f for f in dataclasses.fields(TrainConfig) if f.name in ("num_classes", "iterations")]
+
+
+@pytest.mark.parametrize("field", NUMBERS, ids=lambda field: field.name)
+def test_every_number_has_the_same_limits_on_the_command_line_and_in_a_file(field, tmp_path):
+    option, largest, file = f"--{field.name.replace('_', '-')}", field.metadata["maximum"], tmp_path / "config.json"
+    assert largest <= 1 << 62
+    many = isinstance(field.default, tuple)
+    too_large = str(int(largest) + 1)
+    file.write_text(json.dumps({field.name: [int(too_large)] * 2 if many else int(too_large)}))
+    for make in (lambda: new_config(parse(option, too_large)), lambda: load_config(file)):
+        with pytest.raises(ConfigError, match=rf"{option} must be at most|field '{field.name}' expects"):
+            make()
+    file.write_text(json.dumps({field.name: [True, True] if many else True}))
+    with pytest.raises(ConfigError, match=rf"field '{field.name}' expects .*, got .*True"):
+        load_config(file)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--scales", "1", "1e300"], ["--crop", "64x1000000"], ["--channels", str(1 << 40)], ["--scales", "1e-300"]],
+)
+def test_a_value_that_would_exhaust_the_machine_is_refused(words):
+    with pytest.raises(ConfigError, match=rf"{words[0]} must be at"):
+        new_config(parse(*words))
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -92,10 +120,10 @@ def test_a_misspelt_option_names_the_nearest(words, message, capsys):
         ({"crop": (31, 64)}, "--crop 31x64 is too small"),
         ({"batch_size": 1}, "--batch-size 2 or more"),
         ({"batch_size": 0}, "--batch-size must be at least 1"),
-        ({"scales": ()}, "--scales must be positive"),
-        ({"scales": (1.0, -1.0)}, "--scales must be positive"),
+        ({"scales": ()}, "--scales must be one or more"),
+        ({"scales": (1.0, -1.0)}, r"--scales must be at least 0\.01, got -1"),
         ({"border_width": 4}, "--border-width must be odd"),
-        ({"lr": float("nan")}, "--lr must be at least 0"),
+        ({"lr": float("nan")}, "--lr must be finite, got nan"),
         ({"amp": "fp8"}, "--amp must be one of"),
         ({"model": "quick"}, "--model must be one of"),
         ({"memory": "block"}, "did you mean blocks"),
@@ -134,7 +162,7 @@ def test_an_unknown_recipe_names_the_nearest():
         ('{"lr": 1' + "0" * 400 + "}", "field 'lr' expects float, got 1000"),
         ('{"seed": 1' + "0" * 40 + "}", "field 'seed' expects int"),
         ('{"lr": Infinity}', "--lr must be finite, got inf"),
-        ('{"lr": NaN}', "--lr must be at least 0, got nan"),
+        ('{"lr": NaN}', "--lr must be finite, got nan"),
         ('{"scales": [1.0, NaN]}', "--scales must be finite"),
         ('{"epochs": -1}', "--epochs must be at least 1, got -1"),
         ('{"model": "' + "x" * 10**6 + '"}', "--model must be one of"),

@@ -187,7 +187,7 @@ def test_a_signal_saves_and_leaves(photos, tmp_path, number, code):
 def test_a_loss_that_is_not_finite_names_iteration_images_and_checkpoint(tiny):
     last = r"\(the last finite checkpoint is .*run.last\.pth\)"
     with pytest.raises(NonFiniteLoss, match=r"at iteration \d+; the images were \d+, \d+, \d+.*" + last):
-        tiny("run", "--lr", "1e30")
+        tiny("run", "--lr", "1e6")
 
 
 def test_weights_that_are_not_finite_are_not_saved(tiny, monkeypatch):
