@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from dfn_fast.data.base import SegmentationDataset
 from dfn_fast.data.transforms import TrainTransform
 from dfn_fast.errors import ConfigError, DataError, UserError
+from dfn_fast.runtime.time_limit import within
 
 
 class Batch(NamedTuple):
@@ -43,7 +44,7 @@ class TrainLoader:
 
     If a worker dies, or a batch takes more than ``timeout`` seconds (0: no limit), a :class:`DataError` names the
     samples that were being loaded. All workers are then killed, and the next epoch starts new ones. Without workers
-    there is no such check: a file that hangs also hangs the main process.
+    a thread of the main process loads, and a file that hangs keeps it until the process ends.
 
     Raises:
         ConfigError: the data set is smaller than a batch, or the seed is negative.
@@ -72,23 +73,22 @@ class TrainLoader:
             raise ConfigError(f"seed: expected 0 or more, got {seed}")
         self.size, self.batch_size, self.seed, self.share = len(dataset), batch_size, seed, share
         self._keys: list[list[SampleKey]] = []  # of the current epoch; the DataLoader reads it at each start
-        self._dataset, self._timeout, self._pin_memory = dataset, timeout, pin_memory
+        self._dataset, self._timeout, self._pin_memory, self._worker_count = dataset, timeout, pin_memory, workers
         self._hung: str | None = None  # the error after a timeout
-        self._progress = torch.zeros(workers, 3, dtype=torch.float64).share_memory_()
+        self._progress = torch.zeros(workers or 1, 3, dtype=torch.float64).share_memory_()
         self._samples = AugmentedSamples(dataset, transform, seed, self._progress)
         self._loader = self._new_loader()
 
     def _new_loader(self) -> DataLoader:
         self._started = False
-        workers = len(self._progress)
         return DataLoader(
             self._samples,
             batch_sampler=self._keys,
-            num_workers=workers,
+            num_workers=self._worker_count,
             collate_fn=collate,
             pin_memory=self._pin_memory,
             worker_init_fn=partial(start_worker, progress=self._progress),
-            persistent_workers=workers > 0,
+            persistent_workers=self._worker_count > 0,
             generator=torch.Generator(),  # each start draws a number, which must not come from torch's global state
         )
 
@@ -125,16 +125,25 @@ class TrainLoader:
         self._started = True
         while True:
             with self._time_limit():
-                batch = next(batches, None)
+                batch = self._next(batches)
             if batch is None:
                 return
             yield batch
+
+    def _next(self, batches: Iterator[Batch | UserError]) -> Batch | UserError | None:
+        if self._worker_count:
+            return next(batches, None)
+        silent = _Silent()
+        try:
+            return within(self._timeout, lambda: next(batches, None), silent)
+        except _Silent:
+            raise DataError(self._silence("the main process")) from None
 
     @contextlib.contextmanager
     def _time_limit(self) -> Iterator[None]:
         timer = threading.Timer(self._timeout, self._kill_silent)
         timer.daemon = True
-        watching = bool(self._timeout and len(self._progress))
+        watching = bool(self._timeout and self._worker_count)
         if watching:
             timer.start()
         try:
@@ -180,28 +189,26 @@ class TrainLoader:
         )
 
     def _kill_silent(self) -> None:
-        self._hung = (
-            f"no batch came from the loading processes for {self._timeout:g} s (--loader-timeout). They were at:"
-            f"{self._samples_text(self._progress.tolist())}\nIs the file system of these files available? A slow "
-            "one needs a higher --loader-timeout, or more --workers"
-        )
+        self._hung = self._silence("the loading processes")
         for worker in self._workers():
             worker.kill()
+
+    def _silence(self, loading: str) -> str:
+        """The message if no batch came in time."""
+        return (
+            f"no batch came from {loading} for {self._timeout:g} s (--loader-timeout). At work:"
+            f"{self._samples_text(self._progress.tolist())}\nIs a file damaged, or its file system gone? "
+            "A slow one needs a higher --loader-timeout, or more --workers"
+        )
 
     def _samples_text(self, rows: list[list[float]]) -> str:
         """The samples that the workers of these rows of ``_progress`` are loading, one per line."""
         lines = [
-            f"{self._sample_text(int(number) - 1)}, for {time.time() - start:.0f} s"
+            f"{sample_text(self._dataset, int(number) - 1)}, for {time.time() - start:.0f} s"
             for _, number, start in rows
             if number
         ]
         return "\n  ".join(["", *lines]) if lines else " no sample, or between two"
-
-    def _sample_text(self, number: int) -> str:
-        pairs = getattr(self._dataset, "pairs", None)
-        if pairs:
-            return f"{pairs[number].image} with {pairs[number].label}"
-        return f"sample {self._dataset.names()[number]!r} of split {self._dataset.split!r}"
 
     def _workers(self) -> list[BaseProcess]:
         pids = {int(pid) for pid, _, _ in self._progress.tolist()}
@@ -217,6 +224,18 @@ class TrainLoader:
         self._hung = None
         self._progress.zero_()
         self._loader = self._new_loader()
+
+
+class _Silent(Exception):
+    """No batch came in time."""
+
+
+def sample_text(dataset: SegmentationDataset, number: int) -> str:
+    """The files of a sample, or its name if it has none."""
+    pairs = getattr(dataset, "pairs", None)
+    if pairs:
+        return f"{pairs[number].image} with {pairs[number].label}"
+    return f"sample {dataset.names()[number]!r} of split {dataset.split!r}"
 
 
 class SampleKey(NamedTuple):
@@ -236,17 +255,17 @@ class AugmentedSamples(Dataset):
     dataset: SegmentationDataset
     transform: TrainTransform
     seed: int
-    progress: Tensor  # [workers, 3], in memory that all processes share: pid, number in the data set + 1, start time
+    # [workers, or 1 for the main process, 3], in memory that all share: pid, number in the data set + 1, start time
+    progress: Tensor
 
     def __getitem__(self, key: SampleKey) -> tuple[np.ndarray, np.ndarray, np.ndarray, str] | UserError:
         worker = get_worker_info()
-        if worker is None:
-            return self.make(key)
-        self.progress[worker.id, 1:] = torch.tensor([key.number + 1, time.time()], dtype=torch.float64)
+        row = 0 if worker is None else worker.id
+        self.progress[row, 1:] = torch.tensor([key.number + 1, time.time()], dtype=torch.float64)
         try:
             return self.make(key)
         finally:
-            self.progress[worker.id, 1] = 0
+            self.progress[row, 1] = 0
 
     def make(self, key: SampleKey) -> tuple[np.ndarray, np.ndarray, np.ndarray, str] | UserError:
         try:

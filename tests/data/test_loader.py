@@ -352,7 +352,17 @@ class TestWatch:
         with pytest.raises(RuntimeError, match="of the data set's own"):
             list(loader(Fatal(4, fail), workers=1).epoch(0))
 
+    def test_the_main_process_that_hangs_is_reported_with_its_sample_in_time(self):
+        released = threading.Event()
+        loading = loader(Fatal(4, lambda: released.wait(60)), timeout=0.2)
+        with pytest.raises(DataError) as caught:
+            list(loading.epoch(0))
+        released.set()
+        assert "no batch came from the main process for 0.2 s (--loader-timeout)" in str(caught.value)
+        assert re.search(r"sample 'images/4\.png' of split 'train', for 0 s", str(caught.value))
+
     def test_no_limit(self):
+        assert_same(list(loader(timeout=0).epoch(0)), list(loader().epoch(0)))
         assert_same(list(loader(workers=1, timeout=0).epoch(0)), list(loader().epoch(0)))
 
 
