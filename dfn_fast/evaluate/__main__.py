@@ -5,10 +5,12 @@ import sys
 from pathlib import Path
 
 from dfn_fast import cli
-from dfn_fast.data.base import SegmentationDataset
+from dfn_fast.config import LARGEST
+from dfn_fast.data.base import IGNORE, SegmentationDataset
+from dfn_fast.data.border import check_width
 from dfn_fast.data.registry import DATASETS, build_dataset
-from dfn_fast.errors import ConfigError
-from dfn_fast.evaluate.evaluation import evaluate
+from dfn_fast.errors import CheckpointError, ConfigError
+from dfn_fast.evaluate.evaluation import BORDER_WIDTH, evaluate
 from dfn_fast.files import write_json
 from dfn_fast.inference.loading import LoadedModel, load_model
 from dfn_fast.inference.options import add_inference_options, predictor_from
@@ -56,7 +58,10 @@ def parser() -> cli.Parser:
     )
     metrics.add_argument("--border", action="store_true", help="measure the Border Network too")
     metrics.add_argument(
-        "--border-width", type=int, metavar="N", help="width of the border targets (default: as in training, or 7)"
+        "--border-width",
+        type=int,
+        metavar="N",
+        help=f"width of the border targets (default: as in training, or {BORDER_WIDTH})",
     )
     metrics.add_argument("--json", type=Path, metavar="FILE", help="also write metrics, settings and versions to FILE")
     return result
@@ -64,8 +69,13 @@ def parser() -> cli.Parser:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
-    if arguments.limit is not None and arguments.limit < 1:
-        raise ConfigError(f"--limit {arguments.limit}: expected at least 1 image")
+    for name, minimum, maximum in (("limit", 1, LARGEST), ("num_classes", 2, IGNORE), ("seed", 0, LARGEST)):
+        if getattr(arguments, name) is not None:
+            cli.require_range(f"--{cli.dashed(name)}", getattr(arguments, name), minimum, maximum)
+    if arguments.border_width is not None:
+        check_width(arguments.border_width)
+        if not arguments.border:
+            raise ConfigError(f"--border-width {arguments.border_width} is for the Border Network: add --border")
     if arguments.json is not None and not arguments.json.parent.is_dir():
         raise ConfigError(f"--json {arguments.json}: its folder does not exist; create it first")
     if arguments.deterministic:
@@ -81,6 +91,7 @@ def report(arguments: argparse.Namespace, world: World) -> None:
     predictor = predictor_from(arguments, loaded.model)
     if arguments.border and not loaded.model.has_border:
         raise ConfigError(f"--border: {arguments.checkpoint} has no Border Network; leave the option out")
+    width = _border_width(arguments, loaded)
     dataset = _dataset_from(arguments, loaded)
     for note in dataset.notes if world.is_first else ():
         print(f"note: {note}", file=sys.stderr)
@@ -89,7 +100,7 @@ def report(arguments: argparse.Namespace, world: World) -> None:
         dataset,
         boundary=not arguments.no_boundary,
         border=arguments.border,
-        border_width=arguments.border_width or loaded.border_width or 7,
+        border_width=width,
         limit=arguments.limit,
         progress=world.is_first,
         world=world,
@@ -101,6 +112,19 @@ def report(arguments: argparse.Namespace, world: World) -> None:
             write_json(arguments.json, content)
         except OSError as error:
             raise ConfigError(f"--json {arguments.json} cannot be written ({error.strerror})") from error
+
+
+def _border_width(arguments: argparse.Namespace, loaded: LoadedModel) -> int:
+    """The width of the border targets: the option's, the checkpoint's, or the default."""
+    if arguments.border_width is not None:
+        return arguments.border_width
+    if loaded.border_width is None:
+        return BORDER_WIDTH
+    try:
+        check_width(loaded.border_width)
+    except ConfigError as error:
+        raise CheckpointError(f"{arguments.checkpoint}: {error}; copy or save the checkpoint again") from error
+    return loaded.border_width
 
 
 def _dataset_from(arguments: argparse.Namespace, loaded: LoadedModel) -> SegmentationDataset:

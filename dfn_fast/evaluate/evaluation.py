@@ -7,14 +7,19 @@ import torch
 from tqdm import tqdm
 
 from dfn_fast.cli import IMAGES_BAR
-from dfn_fast.data.base import SegmentationDataset
-from dfn_fast.data.border import border_targets
-from dfn_fast.errors import ConfigError
+from dfn_fast.data.base import Sample, SegmentationDataset
+from dfn_fast.data.border import border_targets, check_width
+from dfn_fast.data.loader import sample_text
+from dfn_fast.errors import ConfigError, DataError
 from dfn_fast.evaluate.metrics import BorderScore, BoundaryFScore, ConfusionMatrix
 from dfn_fast.evaluate.report import Report
 from dfn_fast.inference.predictor import Predictor
 from dfn_fast.runtime.processes import ALONE, World
 from dfn_fast.runtime.signals import Stopped
+from dfn_fast.runtime.time_limit import within
+
+BORDER_WIDTH = 7  # pixels, of border targets
+FILE_SECONDS = 300  # for one image with its label: a damaged file, or a lost disk, must not hold up everything
 
 
 def evaluate(
@@ -23,7 +28,7 @@ def evaluate(
     *,
     boundary: bool = True,
     border: bool = False,
-    border_width: int = 7,
+    border_width: int = BORDER_WIDTH,
     limit: int | None = None,
     progress: bool = False,
     on_image: Callable[[], None] | None = None,
@@ -39,8 +44,12 @@ def evaluate(
         on_image: called after each image. Its exceptions end the evaluation, and ``Stopped`` does so in all processes.
         world: the processes that share the images; each gets the report on all images.
 
-    Raises :class:`ConfigError` if network and data set differ in their class count.
+    Raises :class:`ConfigError` if network and data set differ in their class count, or if ``limit`` or ``border_width``
+    is not possible, and :class:`DataError` for a file that is not read within ``FILE_SECONDS``.
     """
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit: expected at least 1 image, got {limit}")
+    check_width(border_width)
     K = dataset.num_classes
     if predictor.model.num_classes != K:
         raise ConfigError(
@@ -51,7 +60,7 @@ def evaluate(
     start, stopped = time.perf_counter(), False
     try:
         for index in tqdm(images_of(world, images), disable=None if progress else True, **IMAGES_BAR):
-            sample = dataset[index]
+            sample = _read(dataset, index)
             prediction = predictor(sample.image)
             confusion.update(sample.label, prediction)
             if boundary:
@@ -82,6 +91,14 @@ def evaluate(
         border={**borders.best(), "width": border_width} if border else None,
         seconds=time.perf_counter() - start,
     )
+
+
+def _read(dataset: SegmentationDataset, index: int) -> Sample:
+    slow = DataError(
+        f"{sample_text(dataset, index)} was not read within {FILE_SECONDS} s; "
+        "is a file damaged, or its file system gone?"
+    )
+    return within(FILE_SECONDS, lambda: dataset[index], slow)
 
 
 def images_of(world: World, images: int) -> range:

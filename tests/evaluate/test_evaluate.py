@@ -2,6 +2,8 @@
 
 import json
 import math
+import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ import torch
 from dfn_fast import cli
 from dfn_fast.data.base import Pair, Sample, SegmentationDataset
 from dfn_fast.data.border import border_targets
-from dfn_fast.errors import ConfigError, DataError
+from dfn_fast.errors import CheckpointError, ConfigError, DataError
 from dfn_fast.evaluate.__main__ import main
 from dfn_fast.evaluate.evaluation import evaluate
 from dfn_fast.evaluate.metrics import BorderScore, BoundaryFScore, ConfusionMatrix
@@ -37,7 +39,7 @@ class Scenes(SegmentationDataset):
     name, classes = "scenes", tuple(CLASSES)
 
     def __init__(self, count=4):
-        super().__init__([Pair(None, None, str(i)) for i in range(count)], "val", "nowhere")
+        super().__init__([Pair(Path(f"{i}.jpg"), Path(f"{i}.png"), str(i)) for i in range(count)], "val", "nowhere")
         self.read = []
 
     def __getitem__(self, index):
@@ -212,7 +214,12 @@ def test_data_set_of_another_class_count_names_both_and_the_remedy(checkpoint, r
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--limit", "0"], "--limit 0"),
+        (["--limit", "0"], "--limit must be at least 1, got 0"),
+        (["--num-classes", "256"], "--num-classes must be at most 255"),
+        (["--seed", "-1"], "--seed must be at least 0"),
+        (["--border-width", "0"], "border width: expected an odd number"),
+        (["--border-width", "1000000001", "--border"], "border width: expected an odd number"),
+        (["--border-width", "3"], "add --border"),
         (["--json", "missing/folder/a.json"], "--json .* folder"),
         (["--scales", "0"], "scales"),
         (["--window", "16"], "window"),
@@ -224,6 +231,28 @@ def test_data_set_of_another_class_count_names_both_and_the_remedy(checkpoint, r
 def test_wrong_options_are_user_errors(checkpoint, root, options, message):
     with pytest.raises(ConfigError, match=message):
         main([str(checkpoint), "--root", str(root), "--device", "cpu", *options])
+
+
+def test_a_border_width_that_a_checkpoint_cannot_mean_is_refused(model, root, tmp_path):
+    path = save_checkpoint(model, tmp_path / "wide.pth", config={"border_width": 10**9 + 1})
+    with pytest.raises(CheckpointError, match=r"wide\.pth: border width: expected an odd number .* got 1000000001"):
+        main([str(path), "--root", str(root), "--border", "--device", "cpu"])
+
+
+@pytest.mark.parametrize("settings", [{"limit": 0}, {"limit": -1}, {"border_width": 0}, {"border_width": 4}])
+def test_a_setting_that_is_not_possible_is_refused(model, settings):
+    with pytest.raises(ConfigError, match=f"got {next(iter(settings.values()))}"):
+        evaluate(Predictor(model, amp="off"), Scenes(), **settings)
+
+
+def test_a_file_that_is_never_read_is_named(model, monkeypatch):
+    class Hanging(Scenes):
+        def __getitem__(self, index):
+            return super().__getitem__(index) if index < 2 else threading.Event().wait()
+
+    monkeypatch.setattr("dfn_fast.evaluate.evaluation.FILE_SECONDS", 0.2)
+    with pytest.raises(DataError, match=r"2\.jpg with 2\.png was not read within 0\.2 s"):
+        evaluate(Predictor(model, amp="off"), Hanging())
 
 
 def test_border_of_a_network_without_one_is_an_error_before_work(tmp_path, root):

@@ -1,6 +1,7 @@
 """A small network and its training checkpoint, for tests of the commands that read one."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,9 +20,9 @@ def small_network(num_classes: int = len(CLASSES), border: bool = True) -> Refer
     return ReferenceDFN(num_classes, **SETTINGS, border=border).eval()
 
 
-def save_checkpoint(model: ReferenceDFN, path: Path) -> Path:
-    """Writes a training checkpoint of a three-class network for folder data. Returns ``path``."""
+def save_checkpoint(model: ReferenceDFN, path: Path, **more: Any) -> Path:
+    """Writes a training checkpoint of a three-class network for folder data, and ``more`` in it. Returns ``path``."""
     names = {"classes": CLASSES, "palette": PALETTE.tolist(), "dataset": "folder"}
     settings = {"num_classes": len(CLASSES), **SETTINGS}
-    save_atomic({"format": 1, "model": model.state_dict(), "model_config": settings, **names}, path)
+    save_atomic({"format": 1, "model": model.state_dict(), "model_config": settings, **names, **more}, path)
     return path
