@@ -7,7 +7,7 @@ import typing
 from typing import Any
 
 from dfn_fast import cli
-from dfn_fast.config import PRESETS, RECIPES, TrainConfig, load_config, recipe
+from dfn_fast.config import LARGEST, PRESETS, RECIPES, TrainConfig, load_config, recipe
 from dfn_fast.errors import ConfigError
 
 EPILOG = """\
@@ -39,7 +39,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         chosen, _ = parser().parse_known_args(rest)
         parser(_base(chosen)).print_help()
         sys.exit(0)
-    return parser().parse_args(argv)
+    arguments = parser().parse_args(argv)
+    if arguments.stop_after is not None:
+        cli.require_range("--stop-after", arguments.stop_after, 1, LARGEST)
+    return arguments
 
 
 def parser(defaults: TrainConfig | None = None) -> cli.Parser:

@@ -262,6 +262,11 @@ class Run:
         """Continues from ``content``, which the folder read; a run without a checkpoint starts from the beginning."""
         if content is not None:
             self.load(content)
+        if self.stop_after is not None and self.stop_after <= self.position.iteration:
+            raise ConfigError(
+                f"--stop-after {self.stop_after}: the run in {self.folder.path} is at iteration "
+                f"{self.position.iteration} already; give a later one, or leave it out"
+            )
         if self.world.is_first:
             self.folder.forget_after(self.position.iteration, self.position.epoch)
 

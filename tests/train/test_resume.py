@@ -161,6 +161,18 @@ def test_weights_for_every_tensor_leave_pretrained_ones_unread(tiny, capsys):
         tiny("third", "--pretrained", "gone.pth", "--weights", str(first.last), "--no-strict")
 
 
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [("0", "--stop-after must be at least 1"), ("2", "-after 2: .* at iteration 2 already")],
+)
+def test_an_iteration_that_has_passed_is_not_stopped_at(tiny, number, message):
+    run = tiny("run", "--stop-after", "2")
+    before = run.last.read_bytes()
+    with pytest.raises(ConfigError, match=message):
+        tiny("run", "--resume", "--stop-after", number)
+    assert run.last.read_bytes() == before
+
+
 @pytest.mark.parametrize("part", ["weight", "momentum", "beyond float32"])
 def test_a_checkpoint_that_is_not_finite_is_refused(tiny, part):
     run = tiny("run", "--stop-after", "2")
