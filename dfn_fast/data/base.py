@@ -48,7 +48,8 @@ class SegmentationDataset:
         self.pairs, self.split, self.where = pairs, split, where
         self.notes = list(notes)
         if not pairs:
-            raise DataError(f"{where}: split {split!r} of data set {self.name!r} has no images")
+            how = "".join(f". {note}" for note in self.notes)
+            raise DataError(f"{where}: split {split!r} of data set {self.name!r} has no images{how}")
 
     @property
     def num_classes(self) -> int:

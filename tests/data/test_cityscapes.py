@@ -45,10 +45,16 @@ def test_train_ids_become_label_ids():
 
 
 def test_colours():
-    by_name = dict(zip(CityscapesDataset.classes, CityscapesDataset.palette.tolist(), strict=True))
-    assert by_name["road"] == [128, 64, 128]
-    assert by_name["rider"] == [255, 0, 0]
-    assert by_name["bicycle"] == [119, 11, 32]
+    # from cityscapesscripts/helpers/labels.py
+    expected = {
+        "road": (128, 64, 128), "sidewalk": (244, 35, 232), "building": (70, 70, 70), "wall": (102, 102, 156),
+        "fence": (190, 153, 153), "pole": (153, 153, 153), "traffic light": (250, 170, 30),
+        "traffic sign": (220, 220, 0), "vegetation": (107, 142, 35), "terrain": (152, 251, 152), "sky": (70, 130, 180),
+        "person": (220, 20, 60), "rider": (255, 0, 0), "car": (0, 0, 142), "truck": (0, 0, 70), "bus": (0, 60, 100),
+        "train": (0, 80, 100), "motorcycle": (0, 0, 230), "bicycle": (119, 11, 32),
+    }  # fmt: skip
+    assert CityscapesDataset.classes == tuple(expected)
+    assert CityscapesDataset.palette.tolist() == [list(colour) for colour in expected.values()]
 
 
 def test_train_id_files_serve_where_they_are_the_only_ones(tmp_path, frame):
@@ -97,3 +103,25 @@ def test_missing_folders_name_the_archive(tmp_path, frame):
     frame("train", "aachen_000000_000019")
     with pytest.raises(DataError, match=r"gtCoarse.train: .*is missing.*gtCoarse archive"):
         CityscapesDataset(tmp_path, "train_coarse")
+
+
+def test_what_is_passed_over_is_noted(tmp_path, frame, write):
+    frame("train", "aachen_000000_000019")
+    frame("train", "aachen_000000_000019", ending="color")
+    write("gtFine/train/aachen/aachen_000000_000019_gtFine_polygons.json", "{}")
+    other = write("leftImg8bit/train/aachen/b.png", np.zeros((6, 6, 3), np.uint8))
+    table = write("leftImg8bit/train/aachen/table.csv", "x")
+    notes = CityscapesDataset(tmp_path, "train").notes
+    assert [note.rpartition(": ")[2] for note in notes] == [str(table), str(other)]
+    assert notes[1].startswith("passed over 1 images whose names do not end in _leftImg8bit")
+
+
+@pytest.mark.parametrize("folder", ["leftImg8bit", "gtFine"])
+def test_two_frames_of_one_name_are_refused(tmp_path, frame, folder):
+    label = frame("train", "aachen_000000_000019")
+    image = tmp_path / "leftImg8bit/train/aachen/aachen_000000_000019_leftImg8bit.png"
+    path = image if folder == "leftImg8bit" else label
+    (path.parent.parent / "bochum").mkdir()
+    (path.parent.parent / "bochum" / path.name).write_bytes(path.read_bytes())
+    with pytest.raises(DataError, match=rf"{path.name} and .*bochum/{path.name}: two frames of one name"):
+        CityscapesDataset(tmp_path, "train")

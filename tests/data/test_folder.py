@@ -55,6 +55,46 @@ class TestFolder:
         assert text.endswith("and 3 more")
         assert f"{tmp_path / 'masks' / 'h.png'}: no image with this stem" in caught.value.problems
 
+    @pytest.mark.parametrize(
+        ("mask", "hint"),
+        [
+            ("a.npy", r"; a\.npy is there, but it is no image; save it as PNG"),
+            ("a.HEIC", r"; a\.HEIC is there, but HEIC is not read; save it as PNG"),
+            ("a_mask.png", r"; is it a_mask\.png\? Then give both the same name"),
+            ("b.npy", ""),
+            ("b.png", ""),
+            ("A.png", ""),
+        ],
+    )
+    def test_what_might_have_been_meant_is_told(self, tmp_path, write, write_pair, mask, hint):
+        write_pair("images/night/a.png", "masks/c.png")
+        (tmp_path / "masks/c.png").unlink()
+        write(f"masks/night/{mask}", b"\0\0\0\x18ftypheic" if "HEIC" in mask else np.zeros((4, 6), np.uint8).tobytes())
+        if mask.endswith(".png"):
+            write(f"masks/night/{mask}", np.zeros((4, 6), np.uint8))
+        with pytest.raises(DataError, match=rf"images/night/a\.png: no label with this stem{hint}(\n|$)"):
+            FolderDataset(tmp_path, "train", num_classes=2)
+
+    def test_an_image_that_is_not_read_is_named(self, tmp_path, write, write_pair):
+        write_pair("images/a.png", "masks/a.png")
+        (tmp_path / "images/a.png").unlink()
+        write("images/a.heic", b"")
+        with pytest.raises(DataError, match=r"masks/a\.png: no image with this stem; a\.heic is there, but"):
+            FolderDataset(tmp_path, "train", num_classes=2)
+
+    def test_files_passed_over_are_noted(self, tmp_path, write, write_pair):
+        write_pair("train/images/a.png", "train/masks/a.png")
+        for name in ("train/images/notes.md", "train/masks/a.json", "train/masks/._a.png", "train/images/Thumbs.db"):
+            write(name, "x")
+        images, masks = FolderDataset(tmp_path, "train", num_classes=2).notes
+        assert images.startswith("passed over 1 file, ")
+        assert images.endswith(f": {tmp_path}/train/images/notes.md")
+        assert masks.endswith(f": {tmp_path}/train/masks/a.json")
+
+    def test_names_are_compared_in_one_form(self, tmp_path, write_pair):
+        write_pair("train/images/u\u0308ber.png", "train/masks/\u00fcber.png", fill=1)  # as macOS and others write it
+        assert fills(FolderDataset(tmp_path, "train", num_classes=2)) == {"\u00fcber": 1}
+
     @pytest.mark.parametrize("suffix", ["jpg", "webp"])
     def test_lossy_labels_are_refused(self, tmp_path, write_pair, suffix):
         write_pair("images/a.png", f"masks/a.{suffix}")
@@ -75,6 +115,11 @@ class TestFolder:
             FolderDataset(tmp_path, "train", num_classes=2)
         with pytest.raises(ConfigError, match="has no split 'val'; it has train"):
             FolderDataset(tmp_path, "val", num_classes=2)
+
+    def test_a_split_without_images_says_how_it_was_made(self, tmp_path, write_pair):
+        write_pair("images/a.png", "masks/a.png")
+        with pytest.raises(DataError, match=r"split 'train' .* has no images\. There is no split .*: 0 train, 1 val\."):
+            FolderDataset(tmp_path, "train", num_classes=2)
 
     def test_empty(self, tmp_path):
         (tmp_path / "images").mkdir()

@@ -22,7 +22,7 @@ import numpy as np
 from dfn_fast.data.base import IGNORE, Pair, SegmentationDataset, require_folder
 from dfn_fast.data.datasets.pairing import below, checked_pairs, pair_by_stem
 from dfn_fast.errors import DataError, shortened
-from dfn_fast.media.listing import files_by_stem, read_lines
+from dfn_fast.media.listing import files_by_stem, find_images, read_lines
 
 _CLASSES = (
     ("sky", (128, 128, 128)),
@@ -54,19 +54,23 @@ class CamVidDataset(SegmentationDataset):
         limit = None if allow_outside_root else root
         home = root / "CamVid" if (root / "CamVid").is_dir() else root
         parts = ("train", "val") if split == "trainval" else (split,)
-        super().__init__([pair for part in parts for pair in _pairs(home, part, limit)], split, home)
+        notes: list[str] = []
+        super().__init__([pair for part in parts for pair in _pairs(home, part, limit, notes)], split, home, notes)
 
     def class_ids(self, raw: np.ndarray, path: Path) -> np.ndarray:
         return np.where(raw == VOID, np.uint8(IGNORE), raw)
 
 
-def _pairs(home: Path, split: str, limit: Path | None) -> list[Pair]:
+def _pairs(home: Path, split: str, limit: Path | None, notes: list[str]) -> list[Pair]:
+    """The pairs of a list, or of the folders; ``notes`` take what is to be said of these."""
     list_file = home / f"{split}.txt"
     if not list_file.is_file():
         remedy = f"Expected {split}.txt, or the folders {split} and {split}annot, in the root."
-        images = require_folder(home / split, f"the folder of split {split!r}", remedy)
-        labels = require_folder(home / f"{split}annot", f"the folder of the labels of {split!r}", remedy)
-        return pair_by_stem(files_by_stem(images), files_by_stem(labels), home)
+        images = find_images(require_folder(home / split, f"the folder of split {split!r}", remedy))
+        label_folder = require_folder(home / f"{split}annot", f"the folder of the labels of {split!r}", remedy)
+        labels = find_images(label_folder)
+        notes += filter(None, (images.note, labels.note))
+        return pair_by_stem(images, labels, home)
     folders: dict[str, dict[str, Path]] = {}
     pairs = []
     for number, line in read_lines(list_file):

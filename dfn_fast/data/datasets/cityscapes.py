@@ -18,8 +18,8 @@ import numpy as np
 
 from dfn_fast.data.base import IGNORE, SegmentationDataset, require_folder
 from dfn_fast.data.datasets.pairing import pair_by_stem
-from dfn_fast.errors import DataError
-from dfn_fast.media.listing import files_by_stem
+from dfn_fast.errors import DataError, listed
+from dfn_fast.media.listing import find_images
 
 _CLASSES = (  # name, label id, colour; in the order of the train ids
     ("road", 7, (128, 64, 128)),
@@ -43,6 +43,7 @@ _CLASSES = (  # name, label id, colour; in the order of the train ids
     ("bicycle", 33, (119, 11, 32)),
 )
 NUM_LABEL_IDS = 34
+_IMAGE = "_leftImg8bit"
 
 # Tables for `table[array]`. In label ids, 255 and everything that is not a class become 0, "unlabeled".
 TRAIN_ID_TO_LABEL_ID = np.zeros(256, np.uint8)
@@ -77,10 +78,16 @@ class CityscapesDataset(SegmentationDataset):
         labels = require_folder(
             root / kind / folder, "the folder of the labels", f"Unpack the {kind} archive into the root."
         )
-        by_name = _without_city(files_by_stem(labels, nested=True, ending=f"_{kind}_labelTrainIds"))
-        by_name |= _without_city(files_by_stem(labels, nested=True, ending=f"_{kind}_labelIds"))
-        image_by_name = _without_city(files_by_stem(images, nested=True, ending="_leftImg8bit"))
-        super().__init__(pair_by_stem(image_by_name, by_name, root), split, root)
+        found = find_images(images, nested=True)
+        frames = {key.removesuffix(_IMAGE): path for key, path in found.files.items() if key.endswith(_IMAGE)}
+        train_ids = find_images(labels, nested=True, ending=f"_{kind}_labelTrainIds")
+        label_ids = find_images(labels, nested=True, ending=f"_{kind}_labelIds")
+        label_files = _without_city(train_ids.files) | _without_city(label_ids.files)
+        notes = [found.note, label_ids.note]
+        if others := [str(path) for key, path in found.files.items() if not key.endswith(_IMAGE)]:
+            notes.append(f"passed over {len(others)} images whose names do not end in {_IMAGE}: {listed(others)}")
+        pairs = pair_by_stem(found._replace(files=_without_city(frames)), label_ids._replace(files=label_files), root)
+        super().__init__(pairs, split, root, filter(None, notes))
 
     def class_ids(self, raw: np.ndarray, path: Path) -> np.ndarray:
         """The train ids of label ids; raises :class:`DataError` for a value that is not a label id."""
@@ -95,4 +102,10 @@ class CityscapesDataset(SegmentationDataset):
 
 
 def _without_city(files: dict[str, Path]) -> dict[str, Path]:
-    return {stem.rpartition("/")[2]: path for stem, path in files.items()}
+    """The files by their frames' names alone, which begin with that of the city."""
+    by_name: dict[str, Path] = {}
+    for key, path in files.items():
+        twin = by_name.setdefault(key.rpartition("/")[2], path)
+        if twin != path:
+            raise DataError(f"{twin} and {path}: two frames of one name; names must be unique in a split")
+    return by_name

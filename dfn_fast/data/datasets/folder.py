@@ -38,11 +38,12 @@ class FolderDataset(SegmentationDataset):
     ):
         root = Path(root)
         part = find_part(root, split)
-        pairs = pair_by_stem(part.images.files, part.masks.files, part.home)
+        pairs = pair_by_stem(part.images, part.masks, part.home)
         pairs = [pair for pair in pairs if pair.name in part.stems]
         table = class_table([root, *part.homes], num_classes, classes)
         self.classes, self.palette, self.palettes = table.names, table.palette, Palettes(table.colours, table.source)
-        super().__init__(pairs, split, part.home, part.notes)
+        notes = [*part.notes, part.images.note, part.masks.note]
+        super().__init__(pairs, split, part.home, filter(None, notes))
         for sample in part.samples:
             self._compare_palette(sample)
 

@@ -1,11 +1,14 @@
 """Shared by the data sets on disk: paths that stay below a folder, pairs by stem, and pairs whose files all exist."""
 
+import bisect
 import os
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from dfn_fast.data.base import Pair
 from dfn_fast.errors import SHOWN, DataError, shortened
+from dfn_fast.media.formats import picture_format
+from dfn_fast.media.listing import Found, composed
 
 LOSSY = (".jpg", ".jpeg", ".webp")
 
@@ -33,13 +36,31 @@ def below(limit: Path | None, path: Path) -> Path:
     )
 
 
-def pair_by_stem(images: dict[str, Path], labels: dict[str, Path], where: str | Path) -> list[Pair]:
+def pair_by_stem(images: Found, labels: Found, where: str | Path) -> list[Pair]:
     """A pair for each stem; raises :class:`PairingError` for images without a label and labels without an image."""
-    problems = [f"{images[stem]}: no label with this stem" for stem in sorted(images.keys() - labels.keys())]
-    problems += [f"{labels[stem]}: no image with this stem" for stem in sorted(labels.keys() - images.keys())]
+    problems = _without_partner(images, labels, "label") + _without_partner(labels, images, "image")
     if problems:
         raise PairingError(where, problems)
-    return checked_pairs((Pair(images[stem], labels[stem], stem) for stem in sorted(images)), where)
+    pairs = (Pair(images.files[stem], labels.files[stem], stem) for stem in sorted(images.files))
+    return checked_pairs(pairs, where)
+
+
+def _without_partner(files: Found, others: Found, what: str) -> list[str]:
+    """A problem for each file without a partner in ``others``, with the file there that might have been meant."""
+    problems = []
+    unread = {composed(path.stem): path for path in others.passed_over}
+    stems = sorted(others.files)
+    for stem in sorted(files.files.keys() - others.files.keys()):
+        hint = ""
+        after = bisect.bisect(stems, stem)
+        longer = stems[after : after + 1]  # the next stem, in which a mask's ending may follow
+        if path := unread.get(PurePosixPath(stem).name):
+            kind = picture_format(path)
+            hint = f"; {path.name} is there, but {f'{kind} is not read' if kind else 'it is no image'}; save it as PNG"
+        elif longer and longer[0].startswith(stem):
+            hint = f"; is it {others.files[longer[0]].name}? Then give both the same name"
+        problems.append(f"{files.files[stem]}: no {what} with this stem{hint}")
+    return problems
 
 
 def checked_pairs(pairs: Iterable[Pair], where: str | Path) -> list[Pair]:
