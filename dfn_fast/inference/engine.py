@@ -1,7 +1,6 @@
 """The network as a Predictor runs it: fused, in its precision, compiled if asked, and within the available memory."""
 
 import contextlib
-import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from dfn_fast.errors import UserError
 from dfn_fast.network.fused import FusedDFN
 from dfn_fast.network.reference import ReferenceDFN
 from dfn_fast.runtime.device import HALVES, inductor_options
+from dfn_fast.runtime.forks import first_call
 
 AMP_DTYPES = {"off": None, **HALVES}
 AMPS = ("auto", *AMP_DTYPES)
@@ -32,7 +32,6 @@ class Engine:
 
     def __init__(self, model: ReferenceDFN | FusedDFN, amp: str, compile: bool, batch: int | None):  # noqa: A002
         self.model, self.amp, self.compile, self.batch = model, amp, compile, batch
-        self._lock = threading.RLock()  # for everything that is built at the first call
         self.refresh()
 
     def refresh(self) -> None:
@@ -45,7 +44,10 @@ class Engine:
     def use(self, amp: str) -> None:
         """Changes the precision; networks are built again."""
         self.amp = amp
-        self._network = self._border_network = self._compiled = None
+        self.refresh()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_compiled": None}  # compiled again when needed: code cannot be copied
 
     @property
     def device(self) -> torch.device:
@@ -54,7 +56,7 @@ class Engine:
     @property
     def network(self) -> FusedDFN:
         """The fused network for segmentation."""
-        with self._lock:
+        with first_call():
             if self._network is None:
                 self._network = self._fused()
             return self._network
@@ -62,7 +64,7 @@ class Engine:
     @property
     def border_network(self) -> FusedDFN:
         """The fused network with its Border Network."""
-        with self._lock:
+        with first_call():
             if self._border_network is None:
                 self._border_network = self._fused(return_border=True)
             return self._border_network

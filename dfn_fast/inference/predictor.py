@@ -6,12 +6,13 @@ the fused network (:class:`~dfn_fast.network.fused.FusedDFN`). Whole images take
 :func:`~dfn_kernels.multiscale_argmax` over all scales and one download of labels.
 """
 
-import threading
+import os
 from collections.abc import Sequence
 from typing import Any, overload
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from dfn_fast.data.normalize import IMAGENET_MEAN, IMAGENET_STD
@@ -23,10 +24,12 @@ from dfn_fast.inference.settings import Settings, require_choice, require_positi
 from dfn_fast.inference.windows import resized_rows
 from dfn_fast.network.fused import FusedDFN
 from dfn_fast.network.reference import ReferenceDFN
+from dfn_fast.runtime.forks import first_call, use_one_thread_in_a_child
 from dfn_fast.runtime.graph_cache import CudaGraphs, GraphCache
 from dfn_kernels import multiscale_argmax, resize_normalize
 from dfn_kernels.common.cpu import has_bf16_arithmetic
 
+Picture = np.ndarray | Image.Image  # RGB uint8 [H, W, 3], or of mode RGB
 AGREEMENT = 0.999  # share of the first image's labels that must be the same in bf16, for "auto" on a CPU
 NOT_FINITE = "the network's scores are not finite: the checkpoint is damaged, or try --amp off"
 
@@ -94,7 +97,6 @@ class Predictor:
         self.model = model if device is None else model.to(device)
         self.batch, self.graphs, self.graph_cache_bytes = batch, graphs, graph_cache_bytes
         self.engine = Engine(self.model, amp, compile, batch)
-        self._lock = threading.RLock()  # of the choice of precision
         self._cache: GraphCache | None = None
 
     def refresh(self) -> None:
@@ -102,10 +104,13 @@ class Predictor:
         self.engine.refresh()
         self._cache = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_cache": None}  # captured again when needed: graphs belong to their process
+
     @overload
-    def __call__(self, image: np.ndarray) -> np.ndarray: ...
+    def __call__(self, image: Picture) -> np.ndarray: ...
     @overload
-    def __call__(self, image: list[np.ndarray]) -> list[np.ndarray]: ...
+    def __call__(self, image: list[Picture]) -> list[np.ndarray]: ...
     @overload
     def __call__(self, image: Tensor) -> Tensor: ...
 
@@ -113,9 +118,10 @@ class Predictor:
     def __call__(self, image):
         """RGB uint8 ``[H, W, 3]`` -> class ids uint8 ``[H, W]``; a list of such arrays, of any sizes -> a list.
 
-        A tensor ``[H, W, 3]`` or ``[B, H, W, 3]`` -> a tensor ``[H, W]`` or ``[B, H, W]`` on the network's device; the
-        host does not wait for it, so scores that are not finite are not reported there. Raises :class:`UserError` if
-        the network's scores are not finite, or if memory runs out.
+        A PIL image of mode RGB is taken as its array is, whatever its EXIF orientation says. A tensor ``[H, W, 3]`` or
+        ``[B, H, W, 3]`` -> a tensor ``[H, W]`` or ``[B, H, W]`` on the network's device; the host does not wait for it,
+        so scores that are not finite are not reported there. Raises :class:`UserError` if the network's scores are not
+        finite, or if memory runs out.
         """
         if isinstance(image, Tensor):
             _check_image(image[0] if image.ndim == 4 and len(image) else image)
@@ -123,9 +129,7 @@ class Predictor:
             with memory_advice(batch.shape[1:3]):
                 labels, _ = self._labels(batch.to(self.device))
             return labels if image.ndim == 4 else labels[0]
-        images = image if isinstance(image, list) else [image]
-        for x in images:
-            _check_image(x)
+        images = [_array(x) for x in (image if isinstance(image, list) else [image])]
         found: dict[int, np.ndarray] = {}
         for size in dict.fromkeys(x.shape for x in images):
             places = [i for i, x in enumerate(images) if x.shape == size]
@@ -146,18 +150,18 @@ class Predictor:
         return list(flat[:-1].reshape(labels.shape))
 
     @torch.inference_mode()
-    def probabilities(self, image: np.ndarray) -> Tensor:
+    def probabilities(self, image: Picture) -> Tensor:
         """``[H, W, 3]`` RGB uint8 -> ``[K, H, W]`` float32 on the model's device; they add up to 1 at each pixel.
 
         Raises :class:`UserError` if the network's scores are not finite, or if memory runs out.
         """
-        _check_image(image)
-        with memory_advice(image.shape[:2]):
-            x = self._upload([image])
+        array = _array(image)
+        with memory_advice(array.shape[:2]):
+            x = self._upload([array])
             self._decide_precision(x)
             if self._settings.window is None:
                 maps, flipped = small_maps(self.engine, self._settings, x)
-                total = multiscale_argmax(maps, image.shape[:2], flipped=flipped, return_scores=True)[1][0]
+                total = multiscale_argmax(maps, array.shape[:2], flipped=flipped, return_scores=True)[1][0]
             else:
                 total = torch.cat(list(bands(self.engine, self._settings, x)), 1)
                 # The sum is a constant for "mean". Products of torchseg's can all be too small for the dtype.
@@ -167,14 +171,14 @@ class Predictor:
         return total.float()
 
     @torch.inference_mode()
-    def border(self, image: np.ndarray) -> np.ndarray:
+    def border(self, image: Picture) -> np.ndarray:
         """``[H, W, 3]`` RGB uint8 -> ``[H, W]`` float32: probability of a border, at scale 1 and without mirroring."""
         if not getattr(self.model, "has_border", getattr(self.model, "return_border", False)):
             raise ConfigError("this network was built without a Border Network; leave out --border")
-        _check_image(image)
-        size = image.shape[0], image.shape[1]
+        array = _array(image)
+        size = array.shape[0], array.shape[1]
         with memory_advice(size):
-            x = self._upload([image])
+            x = self._upload([array])
             self._decide_precision(x)
             dtype = self.engine.border_network.dtype
             x = resize_normalize(x, size, IMAGENET_MEAN, IMAGENET_STD, dtype=dtype)
@@ -253,9 +257,12 @@ class Predictor:
 
     def _decide_precision(self, images: Tensor | None = None) -> None:
         """Resolves ``amp="auto"``. On a CPU this compares labels, so it waits for the first images."""
+        use_one_thread_in_a_child()
         engine = self.engine
-        with self._lock:
-            if engine.amp != "auto":
+        if engine.amp != "auto":
+            return
+        with first_call():
+            if engine.amp != "auto":  # another thread has decided meanwhile
                 return
             if isinstance(self.model, FusedDFN) or next(self.model.parameters()).dtype != torch.float32:
                 engine.amp = "off"
@@ -270,6 +277,25 @@ class Predictor:
                 share = (self._run(images) == exact)[:-1].float().mean().item()
                 if share < AGREEMENT:
                     engine.use("off")
+
+
+def _array(image: Picture) -> np.ndarray:
+    """The array of a picture. Raises ValueError for anything that is not an RGB image of uint8."""
+    if isinstance(image, Image.Image):
+        if image.mode != "RGB":
+            raise ValueError(f"expected a PIL image of mode RGB, got {image.mode}; convert it: image.convert('RGB')")
+        image = np.asarray(image)
+    if not isinstance(image, np.ndarray):
+        what = type(image).__name__
+        if image is None:
+            what += "; cv2.imread returns None for a file that it cannot read"
+        elif isinstance(image, str | os.PathLike):
+            what += f" {str(image)!r}; read the file first"
+        elif isinstance(image, tuple):
+            what += "; give several images as a list"
+        raise ValueError(f"expected an RGB image [H, W, 3] of uint8, got {what}")
+    _check_image(image)
+    return image
 
 
 def _check_image(image: np.ndarray | Tensor) -> None:

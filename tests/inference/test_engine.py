@@ -1,6 +1,13 @@
 """How the network runs: precision, compilation, graphs, memory, threads, new weights."""
 
+import copy
+import multiprocessing
+import os
+import pickle
+import signal
 import threading
+import time
+import warnings
 
 import numpy as np
 import pytest
@@ -9,8 +16,10 @@ from torch import nn
 
 from dfn_fast.errors import ConfigError, UserError
 from dfn_fast.inference import predictor as inference
+from dfn_fast.inference.engine import Engine
 from dfn_fast.inference.predictor import Predictor
 from dfn_fast.network.fused import FusedDFN
+from dfn_fast.runtime.forks import first_call
 from support.plain_predictions import random_model
 from support.stand_in_graphs import StandIn
 
@@ -151,16 +160,117 @@ def test_several_threads_share_a_predictor(model, picture):
         np.testing.assert_array_equal(found[i], expected[i])
 
 
+def test_two_first_calls_make_one_network(model, monkeypatch):
+    made, both = [], threading.Barrier(2)
+    fuse = FusedDFN.__init__
+
+    def slow(self, *arguments, **settings):
+        made.append(settings["return_border"])
+        time.sleep(0.2)  # so that the second call comes while the first one builds
+        fuse(self, *arguments, **settings)
+
+    monkeypatch.setattr(FusedDFN, "__init__", slow)
+    engine = Engine(model, "off", compile=False, batch=None)
+
+    def first_calls():
+        both.wait()
+        found.append((engine.network, engine.border_network))
+
+    found = []
+    threads = [threading.Thread(target=first_calls) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert made == [False, True]
+    assert found[0] == found[1]
+
+
 def test_refresh_takes_new_weights(picture):
     model, image = random_model(), picture(40, 50)
     predictor = Predictor(model, amp="off")
-    before = predictor.probabilities(image)
+    calls = {
+        "scores": predictor.probabilities,
+        "border": lambda image: torch.from_numpy(predictor.border(image)),
+    }
+    before = {name: call(image) for name, call in calls.items()}
     with torch.no_grad():
         model.smooth_heads[3].conv.weight.neg_()
-    assert torch.equal(predictor.probabilities(image), before)
+        model.border_heads[3].conv.weight.neg_()
+    assert all(torch.equal(call(image), before[name]) for name, call in calls.items())
     predictor.refresh()
-    assert torch.equal(predictor.probabilities(image), Predictor(model, amp="off").probabilities(image))
-    assert not torch.allclose(predictor.probabilities(image), before, atol=0.1)
+    fresh = Predictor(model, amp="off")
+    assert torch.equal(predictor.probabilities(image), fresh.probabilities(image))
+    np.testing.assert_array_equal(predictor.border(image), fresh.border(image))
+    assert not any(torch.allclose(call(image), before[name], atol=0.1) for name, call in calls.items())
+
+
+def test_another_precision_measures_its_tiles_anew(model):
+    engine = Engine(model, "off", compile=False, batch=None)
+    engine._tile_bytes[32, 32] = 1 << 40
+    engine.use("bf16")
+    assert not engine._tile_bytes
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"])
+def test_a_copy_gives_what_the_predictor_gives(picture, duplicate):
+    model, image = random_model(), picture(32, 40)
+    predictor = Predictor(model, flip=True, amp="bf16")
+    predictor(image)
+    predictor.border(image)
+    with torch.no_grad():
+        model.smooth_heads[3].conv.weight.neg_()  # seen after refresh(), by the predictor and its copy
+    other = duplicate(predictor)
+    assert other.settings() == predictor.settings()
+    for _ in range(2):
+        assert torch.equal(other.probabilities(image), predictor.probabilities(image))
+        np.testing.assert_array_equal(other.border(image), predictor.border(image))
+        predictor.refresh()
+        other.refresh()
+
+
+def test_a_fork_of_a_used_predictor_predicts(model, picture, monkeypatch):
+    """Even if another thread was building a network, and PyTorch had threads of its own."""
+    image = picture(96, 96)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        predictor = Predictor(model, amp="auto")
+        expected = predictor(image)
+        held, done = threading.Event(), threading.Event()
+
+        def hold():
+            with first_call():
+                held.set()
+                done.wait()
+
+        holder = threading.Thread(target=hold)
+        holder.start()
+        held.wait()
+        child = os.fork()
+        if not child:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)  # a child that waits for ever is killed
+            signal.alarm(30)
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                labels = [predictor(image), Predictor(model, amp="auto")(image)]
+            good = all((x == expected).all() for x in labels)
+            os._exit(0 if good and ["1 thread" in str(w.message) for w in said] == [True] else 3)
+        done.set()
+        holder.join()
+        assert os.waitpid(child, 0)[1] == 0
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.slow
+def test_spawned_workers_take_a_predictor(model, picture):
+    images = [picture(40, 50), picture(33, 64)]
+    predictor = Predictor(model, amp="off")
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        found = pool.map(predictor, images)
+    for labels, image in zip(found, images, strict=True):
+        np.testing.assert_array_equal(labels, predictor(image))
 
 
 def test_a_fused_network_is_taken_as_it_is(model, picture):

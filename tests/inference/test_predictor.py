@@ -1,11 +1,13 @@
 """The predictor against the same computation in plain float64 loops."""
 
 import math
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from dfn_fast.errors import ConfigError, UserError
@@ -156,11 +158,6 @@ def test_settings_that_make_no_sense_are_errors(model, settings, message):
         Predictor(model, **settings)
 
 
-def test_an_array_that_is_no_rgb_image_is_an_error(model):
-    with pytest.raises(ValueError, match="uint8"):
-        Predictor(model)(np.zeros((40, 40), np.uint8))
-
-
 def test_scores_that_are_not_finite_are_an_error(picture):
     model = ReferenceDFN(K, backbone="resnet18", channels=8, border=False)
     nn.init.constant_(model.smooth_heads[3].conv.bias, math.nan)
@@ -188,3 +185,36 @@ def test_a_batch_of_no_images_is_an_error(model):
     with pytest.raises(ValueError, match=r"expected an RGB image \[H, W, 3\] of uint8, got .*\[0, 40, 40, 3\]"):
         predictor(torch.zeros(0, 40, 40, 3, dtype=torch.uint8))
     assert predictor([]) == []
+
+
+def test_a_pil_image_is_its_array(model, picture):
+    image = picture(40, 50)
+    opened, predictor = Image.fromarray(image), Predictor(model, amp="off")
+    rotated = Image.fromarray(image)
+    rotated.getexif()[0x0112] = 6  # a quarter turn, which says how to show the pixels, not what they are
+    expected = predictor(image)
+    np.testing.assert_array_equal(predictor(opened), expected)
+    np.testing.assert_array_equal(predictor([image, opened, rotated]), [expected] * 3)
+    assert torch.equal(predictor.probabilities(opened), predictor.probabilities(image))
+    np.testing.assert_array_equal(predictor.border(opened), predictor.border(image))
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (None, "NoneType; cv2.imread returns None"),
+        ("photo.jpg", r"str 'photo\.jpg'; read the file first"),
+        (Path("photo.jpg"), "Path.*read the file first"),
+        ((np.zeros((40, 40, 3), np.uint8),), "tuple; .*as a list"),
+        (b"\x89PNG", "bytes"),
+        (Image.new("L", (40, 40)), r"mode RGB, got L; convert it: image\.convert\('RGB'\)"),
+        (Image.new("RGBA", (40, 40)), "got RGBA"),
+        (np.zeros((40, 40, 4), np.uint8), r"uint8 \[40, 40, 4\]"),
+        (np.zeros((40, 40, 3), np.float32), "float32"),
+    ],
+)
+def test_what_is_no_image_is_a_value_error_that_says_what_came(model, image, message):
+    predictor = Predictor(model, amp="off")
+    for call in (predictor, predictor.probabilities, predictor.border, lambda image: predictor([image])):
+        with pytest.raises(ValueError, match=message):
+            call(image)
