@@ -4,40 +4,54 @@ Images are ``[H, W, 3]`` RGB uint8, labels ``[H, W]`` uint8. Pillow decodes, bec
 because it reads and writes the indices of a palette PNG; OpenCV would return the colours.
 """
 
-import contextlib
 import re
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from dfn_fast.errors import DataError
-from dfn_fast.files import replacing, require_regular
-from dfn_fast.media.formats import FORMATS, picture_format
+from dfn_fast.files import replacing
+from dfn_fast.media.opening import MAX_PIXELS as MAX_PIXELS
+from dfn_fast.media.opening import jpeg2000_bits
+from dfn_fast.media.opening import open_image as open_image
+from dfn_fast.media.tiff import left_out_bands, other_pages, tiff_problem
 
 IGNORE = 255
+ORIENTATION = 0x0112  # in EXIF: 1 upright, 2 to 8 turned or mirrored
 
-MAX_PIXELS = 1 << 29  # 23,170 x 23,170: RGB pixels take 2 GiB while they are decoded
+_BAND = 1 << 20  # pixels that are converted at a time
+# EXIF's orientations: are rows and columns swapped, do rows of the file run upwards, do columns run to the left?
+_TURNS = [(0, 0, 0), (0, 0, 0), (0, 0, 1), (0, 1, 1), (0, 1, 0), (1, 0, 0), (1, 1, 0), (1, 1, 1), (1, 0, 1)]
 _KINDS = {"1": "1-bit", "I;16": "16-bit", "I": "32-bit", "F": "floating-point"}
 
 
-def read_image(path: str | Path) -> np.ndarray:
+def read_image(path: str | Path, remarks: list[str] | None = None) -> np.ndarray:
     """The image as ``[H, W, 3]`` RGB uint8, turned by its EXIF orientation, as viewers show it.
 
-    Greyscale and palette images get three channels, CMYK becomes RGB, an alpha channel is dropped. Only the first
-    frame or page is read. More than 8 bits per channel is an error, because the range is not known.
+    Greyscale and palette images get three channels, CMYK becomes RGB, an alpha channel is dropped. Other metadata, such
+    as a colour profile, changes nothing. More than 8 bits per channel is an error, because the range is not known.
+    ``remarks`` gets a few words on whatever is not read as it is in the file: that the image was turned, or that more
+    frames, pages or bands follow.
     """
     with open_image(path) as image:
-        if image.mode.startswith(("I", "F")) or re.search("16[BLN]|65535", _coding(image)):
+        deep = re.search("16[BLN]|65535", _coding(image)) or any(bits > 8 for bits in jpeg2000_bits(image))
+        if deep or image.mode.startswith(("I", "F")):
             raise DataError(
                 f"{path}: expected an image of 8 bits per channel, got mode {image.mode} of 16 or 32 bits; "
                 "scale its values to 0..255 and save it with 8 bits"
             )
+        if problem := tiff_problem(image):
+            raise DataError(f"{path}: this image is a {problem}")
+        said = [(other_pages(image), "have more frames or pages, of which the first is read")]
+        said.append((left_out_bands(image), "have more bands than their colours, which are left out"))
+        turned = image.format == "TIFF" and orientation(image) > 1  # by Pillow, while it loads
         image.load()
-        plain = image.convert("RGBA") if image.mode == "P" and "transparency" in image.info else image
-        return np.array(ImageOps.exif_transpose(plain).convert("RGB"))
+        turn = orientation(image)
+        said.append((turned or turn > 1, "are turned as their EXIF orientation says"))
+        if remarks is not None:
+            remarks += [text for found, text in said if found]
+        return _rgb(image, turn)
 
 
 def read_label(path: str | Path) -> np.ndarray:
@@ -45,18 +59,34 @@ def read_label(path: str | Path) -> np.ndarray:
     with open_image(path, "label") as image:
         if image.format in ("JPEG", "MPO"):
             raise DataError(f"{path}: this label is a JPEG, whose compression changes class ids; make it again as PNG")
-        # Grey values of 2 or 4 bits, or of a PGM whose largest value is not 255, are stretched to 0..255.
-        stretched = re.search(r"L;[24]|'ppm'", _coding(image))
-        if image.mode not in ("L", "P") or stretched:
-            kind = "values that are stretched to 0..255" if stretched else _KINDS.get(image.mode, image.mode)
+        # Grey values of 2 or 4 bits, or of a PGM whose largest value is not 255, are stretched to 0..255, and those of
+        # a TIFF in which 0 is white are turned round.
+        changed = re.search(r"L;[24I]|'ppm", _coding(image)) or jpeg2000_bits(image) - {8}
+        if image.mode not in ("L", "P") or changed:
+            kind = "values that are stretched to 0..255, or inverted" if changed else _KINDS.get(image.mode, image.mode)
             raise DataError(
                 f"{path}: expected a label with one 8-bit channel or a palette, got {kind}; "
                 "save class ids 0..254 (255: ignore) as a single-channel or palette PNG"
             )
-        if getattr(image, "is_animated", False):
+        if problem := tiff_problem(image):
+            raise DataError(f"{path}: this label is a {problem}")
+        if other_pages(image):
             raise DataError(f"{path}: expected one label, got several frames or pages; save the right one as PNG")
         image.load()
-        return np.array(ImageOps.exif_transpose(image))
+        labels, as_stored = _canvas(image.size, orientation(image))
+        as_stored[...] = np.asarray(image)
+        return labels
+
+
+def orientation(image: Image.Image) -> int:
+    """The EXIF orientation of an opened image, 1 to 8; 1 where there is none, or none that can be read."""
+    for name in ("xmp", "XML:com.adobe.xmp"):  # Pillow would take it from there too; other viewers do not
+        image.info.pop(name, None)
+    try:
+        value = image.getexif().get(ORIENTATION, 1)
+    except Exception:  # Pillow raises nearly anything for EXIF data that are none
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
 def write_label(path: str | Path, labels: np.ndarray, palette: np.ndarray | None = None) -> None:
@@ -76,64 +106,29 @@ def write_image(path: str | Path, image: np.ndarray) -> None:
     _save(Image.fromarray(np.ascontiguousarray(image, dtype=np.uint8)), path)
 
 
-@contextlib.contextmanager
-def open_image(path: str | Path, what: str = "image") -> Iterator[Image.Image]:
-    """Opens an image and reads its header; ``load()`` decodes it. Every failure is a :class:`DataError`."""
-    with _naming(path, what):
-        require_regular(path, DataError, what)
-        # Given a path, Pillow maps the file. It then misreads a TIFF with an orientation, and a file truncated while
-        # it is read kills the process.
-        with open(path, "rb") as file:
-            with _PILLOWS_LIMIT:  # a global, which warns at the sizes of aerial images
-                theirs, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-                try:
-                    image = Image.open(file, formats=FORMATS)
-                finally:
-                    Image.MAX_IMAGE_PIXELS = theirs
-            width, height = image.size
-            if not 0 < width * height <= MAX_PIXELS:
-                raise DataError(
-                    f"{path}: this {what} has {width}x{height} pixels by its header, expected 1 to {MAX_PIXELS}; "
-                    "is it damaged? If not, cut it into tiles"
-                )
-            yield image
-
-
-_PILLOWS_LIMIT = threading.Lock()
-
-
 def _coding(image: Image.Image) -> str:
     """The coding of the file's pixels, in Pillow's terms. It is known only until they are loaded."""
     return " ".join(f"{tile[0]!r} {tile[3]!r}" for tile in getattr(image, "tile", ())[:1])
 
 
-@contextlib.contextmanager
-def _naming(path: str | Path, what: str) -> Iterator[None]:
-    """Turns any error in the block into a :class:`DataError` that names the file."""
-    try:
-        yield
-    except DataError:
-        raise
-    except FileNotFoundError:
-        raise DataError(f"{path}: this {what} does not exist") from None
-    except PermissionError:
-        raise DataError(f"{path}: no permission to read this {what}") from None
-    except UnidentifiedImageError:
-        raise DataError(f"{path}: {_unread(path, what)}") from None
-    except MemoryError as error:
-        raise DataError(f"{path}: this {what} does not fit into memory; cut it into tiles, or add memory") from error
-    except Exception as error:  # a damaged file makes Pillow raise nearly anything
-        raise DataError(f"{path}: this {what} is damaged or truncated ({error}); copy or download it again") from error
+def _rgb(image: Image.Image, turn: int) -> np.ndarray:
+    """A loaded image as ``[H, W, 3]``. A band of rows at a time, as a second copy would double the memory."""
+    result, as_stored = _canvas(image.size, turn, 3)
+    width, height = image.size
+    rows = max(1, _BAND // width)
+    through = {"La": "LA", "RGBa": "RGBA", "P": "RGBA" if "transparency" in image.info else "P"}.get(image.mode)
+    for top in range(0, height, rows):
+        band = image if rows >= height else image.crop((0, top, width, min(top + rows, height)))
+        as_stored[top : top + rows] = np.asarray((band.convert(through) if through else band).convert("RGB"))
+    return result
 
 
-def _unread(path: str | Path, what: str) -> str:
-    """Why Pillow does not open a file: it is in another format, is no picture at all, or is damaged."""
-    form = picture_format(path)
-    if form in FORMATS:
-        return f"this {what} begins as a {form} file does, but has no header that Pillow understands"
-    size = Path(path).stat().st_size
-    supported = f"is not in a supported image format, {', '.join(FORMATS)}"
-    return f"this {what} ({size} bytes) {supported}" + (f", but in {form}; convert it to PNG" if form else "")
+def _canvas(size: tuple[int, int], turn: int, *channels: int) -> tuple[np.ndarray, np.ndarray]:
+    """An array for an upright image, and a view of it in which the pixels lie as in the file, of this width, height."""
+    swapped, up, left = _TURNS[turn]
+    canvas = np.empty((*(size if swapped else size[::-1]), *channels), np.uint8)
+    view = canvas.swapaxes(0, 1) if swapped else canvas
+    return canvas, view[:: -1 if up else 1, :: -1 if left else 1]
 
 
 def _save(image: Image.Image, path: str | Path) -> None:
