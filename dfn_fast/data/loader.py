@@ -22,6 +22,8 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from dfn_fast.data.base import SegmentationDataset
 from dfn_fast.data.transforms import TrainTransform
 from dfn_fast.errors import ConfigError, DataError, UserError
+from dfn_fast.runtime.machine import shared_memory_bytes
+from dfn_fast.runtime.processes import processes_here
 from dfn_fast.runtime.time_limit import within
 
 
@@ -47,7 +49,8 @@ class TrainLoader:
     a thread of the main process loads, and a file that hangs keeps it until the process ends.
 
     Raises:
-        ConfigError: the data set is smaller than a batch, or the seed is negative.
+        ConfigError: the data set is smaller than a batch, the seed is negative, or the system's shared memory is too
+            small for the batches of the workers.
     """
 
     def __init__(
@@ -77,7 +80,25 @@ class TrainLoader:
         self._hung: str | None = None  # the error after a timeout
         self._progress = torch.zeros(workers or 1, 3, dtype=torch.float64).share_memory_()
         self._samples = AugmentedSamples(dataset, transform, seed, self._progress)
+        self._require_shared_memory()
         self._loader = self._new_loader()
+
+    def _require_shared_memory(self) -> None:
+        """Raises :class:`ConfigError` if the batches that wait for training do not fit into the system's shared memory.
+
+        A process that writes past its end would be killed, or wait for good.
+        """
+        height, width = self._samples.transform.crop
+        each = len(range(self.batch_size)[self.share]) * height * width * 5  # image, label and border target
+        # Each worker prepares two in advance; one is in use, and one on its way.
+        needed = (2 * self._worker_count + 2) * each * processes_here()
+        free = shared_memory_bytes()
+        if self._worker_count and free is not None and needed > free:
+            raise ConfigError(
+                f"--workers {self._worker_count} needs up to {needed / 1e6:.1f} MB in /dev/shm, for the batches that "
+                f"wait, but {free / 1e6:.1f} MB are free; make it larger (docker run "
+                f"--shm-size={needed // 2**30 + 1}g), lower --workers, --batch-size or --crop, or use --workers 0"
+            )
 
     def _new_loader(self) -> DataLoader:
         self._started = False

@@ -107,6 +107,11 @@ class World:
 ALONE = World()
 
 
+def processes_here() -> int:
+    """How many processes ``torchrun`` has started on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 @contextlib.contextmanager
 def processes() -> Iterator[World]:
     """The world that ``torchrun``'s environment describes, with a process group inside if it has several processes.

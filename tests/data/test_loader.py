@@ -103,6 +103,19 @@ def test_workers_do_not_change_what_is_drawn():
         assert_same(list(alone.epoch(epoch)), list(helped.epoch(epoch)))
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_shared_memory_that_is_too_small_for_the_batches_is_named(monkeypatch, processes):
+    each = 2 * 32 * 36 * 5
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    monkeypatch.setattr(loader_module, "shared_memory_bytes", lambda: 6 * each * processes)
+    loader(workers=2)
+    monkeypatch.setattr(loader_module, "shared_memory_bytes", lambda: 6 * each * processes - 1)
+    loader(workers=0)
+    with pytest.raises(ConfigError, match=r"--workers 2 needs up to 0\.\d MB in /dev/shm, .* but 0\.\d MB are"):
+        loader(workers=2)
+    loader(workers=2, share=slice(0, 1))
+
+
 def test_spawned_workers_draw_the_same():
     method = multiprocessing.get_start_method()
     multiprocessing.set_start_method("spawn", force=True)
