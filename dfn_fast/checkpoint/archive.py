@@ -29,6 +29,7 @@ from torch import Tensor
 
 from dfn_fast.errors import CheckpointError
 from dfn_fast.files import replacing, require_regular
+from dfn_fast.runtime.machine import memory_bytes
 
 FORMAT = 1
 
@@ -88,10 +89,10 @@ def read_file(path: str | Path) -> dict[str, Any]:
     """Reads the dictionary in a ``.safetensors`` file, or in a ``torch.save`` file of any other suffix, to the CPU.
 
     Code in the file is never run. Raises a :class:`CheckpointError` that says whether the file is missing, empty,
-    truncated, damaged, not a checkpoint, or holds more than tensors and plain values.
+    truncated, damaged, not a checkpoint, larger than the machine's memory, or holds more than tensors and plain values.
     """
     path = Path(path)
-    require_regular(path, CheckpointError, "checkpoint")
+    require_regular(path, CheckpointError, "checkpoint", memory_bytes())
     try:
         with path.open("rb") as file:
             head = file.read(16)

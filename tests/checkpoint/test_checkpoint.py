@@ -150,6 +150,15 @@ def test_an_archive_that_unpacks_to_more_than_it_is_is_refused(tmp_path):
         read_file(path)
 
 
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_file_larger_than_the_memory_is_not_read(tmp_path, suffix):
+    path = tmp_path / f"huge{suffix}"
+    with path.open("wb") as file:
+        file.truncate(1 << 43)  # without taking space
+    with pytest.raises(CheckpointError, match=rf"huge\{suffix}: this checkpoint has 8796093022208 bytes, exp"):
+        read_file(path)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX")
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_what_never_ends_is_not_read(tmp_path, suffix):
