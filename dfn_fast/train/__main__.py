@@ -1,6 +1,7 @@
 """``python -m dfn_fast.train``: options, the run, its summary and pictures."""
 
 import argparse
+import contextlib
 
 from dfn_fast import cli
 from dfn_fast.checkpoint.archive import read_file
@@ -18,25 +19,26 @@ from dfn_fast.trainer.finite import NonFiniteLoss
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
-    with StopRequest() as stop, processes() as world:
-        run = begin(arguments, stop, world)
-        if arguments.profile and world.is_first:
-            run.profile_steps()
-        folder = run.folder
-        try:
-            run.train()
-        except Stopped:
-            print(f"stopped at iteration {run.position.iteration} of {run.iterations}, saved in {folder.last}")
-            again = f"python -m dfn_fast.train {run.config.recipe} --resume --output-dir {folder.path}"
-            print(f"continue with: {cli.as_called(again)}")
-            return stop.exit_code if stop.requested else 0
-        except NonFiniteLoss as error:
-            raise NonFiniteLoss(f"{error} (the last finite checkpoint is {folder.last})") from error
-    return finish(run) if world.is_first else 0
+    with contextlib.ExitStack() as lock:
+        with StopRequest() as stop, processes() as world:
+            run = begin(arguments, stop, world, lock)
+            if arguments.profile and world.is_first:
+                run.profile_steps()
+            folder = run.folder
+            try:
+                run.train()
+            except Stopped:
+                print(f"stopped at iteration {run.position.iteration} of {run.iterations}, saved in {folder.last}")
+                again = f"python -m dfn_fast.train {run.config.recipe} --resume --output-dir {folder.path}"
+                print(f"continue with: {cli.as_called(again)}")
+                return stop.exit_code if stop.requested else 0
+            except NonFiniteLoss as error:
+                raise NonFiniteLoss(f"{error} (the last finite checkpoint is {folder.last})") from error
+        return finish(run) if world.is_first else 0
 
 
-def begin(arguments: argparse.Namespace, stop: StopRequest, world: World) -> Run:
-    """Returns the run that the options name, new or resumed, and makes its folder.
+def begin(arguments: argparse.Namespace, stop: StopRequest, world: World, lock: contextlib.ExitStack) -> Run:
+    """Returns the run that the options name, new or resumed, and makes its folder, which ``lock`` keeps for it alone.
 
     If torchrun restarts the run after a worker died, it continues from its last checkpoint even without ``--resume``.
     """
@@ -46,10 +48,16 @@ def begin(arguments: argparse.Namespace, stop: StopRequest, world: World) -> Run
         begun = agent.folder()
         given = getattr(arguments, "output_dir", None)
         folder = RunFolder(begun or given or default_folder(arguments.recipe or "synthetic", arguments.resume))
-        config = resumed_config(folder.config(), arguments) if arguments.resume else new_config(arguments)
         if not arguments.resume and begun is None:
             folder.require_no_run()
+        elif folder.path.is_dir():
+            lock.enter_context(folder.alone())
+        config = resumed_config(folder.config(), arguments) if arguments.resume else new_config(arguments)
         return folder, config, begun is not None
+
+    def start() -> None:
+        lock.enter_context(folder.alone())
+        folder.start(config)
 
     folder, config, begun = world.from_first(choose)
     goes_on = arguments.resume or begun
@@ -63,7 +71,7 @@ def begin(arguments: argparse.Namespace, stop: StopRequest, world: World) -> Run
     if goes_on:
         run.resume(content)
     else:
-        world.from_first(lambda: folder.start(config))
+        world.from_first(start)
     if begun:
         print(f"started again by torchrun: {folder.path} goes on from iteration {run.position.iteration}")
     if world.is_first:
@@ -75,8 +83,8 @@ def finish(run: Run) -> int:
     """Writes summary.json and the pictures, from the best checkpoint. Returns the exit code."""
     best = run.folder.best if run.folder.best.exists() else run.folder.last
     network = run.trainer.network(read_file(best)["model"])
-    draw(run.trainer, network, run.val_set, run.folder)
     run.folder.write_summary(summarise(run.trainer, run.position, run.val_set, run.images_per_second, str(best)))
+    draw(run.trainer, network, run.val_set, run.folder)
     position = run.position
     result = f"mIoU {position.last_mean_iou:.4f} (best {position.best_mean_iou:.4f})" if position.measured else NO_LABEL
     print(

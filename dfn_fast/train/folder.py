@@ -8,6 +8,7 @@
       previous.pth         the checkpoint before last.pth, used if that is damaged
       metrics.jsonl        a line every few iterations, and one per validation
       summary.json  curves.png  predictions.png      at the end
+      run.lock             the process that trains, while it does
 """
 
 import contextlib
@@ -20,9 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from dfn_fast.checkpoint.archive import read_file, save_atomic
-from dfn_fast.config import TrainConfig, load_config
+from dfn_fast.config import LARGEST, TrainConfig, load_config
 from dfn_fast.errors import CheckpointError, ConfigError, OutputError
-from dfn_fast.files import finite, write_json, write_text
+from dfn_fast.files import MAX_TEXT, finite, require_regular, write_json, write_text
+from dfn_fast.runtime.lock import locked
+
+MAX_METRICS = 1 << 30  # bytes: seven million lines
 
 
 class RunFolder:
@@ -36,6 +40,9 @@ class RunFolder:
         self.best = self.path / "best.pth"
         self.metrics_file = self.path / "metrics.jsonl"
         self.summary_file = self.path / "summary.json"
+        self.curves = self.path / "curves.png"
+        self.predictions = self.path / "predictions.png"
+        self.lock_file = self.path / "run.lock"
         self.last_is_whole = True  # False if it was found damaged: it must not replace previous.pth
 
     @property
@@ -49,11 +56,40 @@ class RunFolder:
                 f"--output-dir {self.path} holds a run already; add --resume to continue it, or choose another folder"
             )
 
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keeps other processes from training in this folder, which is made if it is missing.
+
+        Raises :class:`ConfigError` if one does, if the folder cannot be written, or if one of its files is a pipe, a
+        device, a folder or far too large.
+        """
+        with contextlib.ExitStack() as stack:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                self._require_regular_files()
+                stack.enter_context(locked(self.lock_file, self._in_use))
+            except OSError as error:
+                raise ConfigError(
+                    f"--output-dir {self.path} cannot be written ({error.strerror}); choose another folder"
+                ) from error
+            yield
+
+    def _in_use(self, holder: str) -> ConfigError:
+        return ConfigError(
+            f"{self.path}: {holder} trains in this folder; wait until it ends, stop it, or choose another --output-dir"
+        )
+
+    def _require_regular_files(self) -> None:
+        for path in (self.config_file, self.summary_file):
+            require_regular(path, ConfigError, "file of a run", MAX_TEXT)
+        require_regular(self.metrics_file, ConfigError, "file of a run", MAX_METRICS)
+        for path in (self.last, self.previous, self.best, self.curves, self.predictions, self.lock_file):
+            require_regular(path, ConfigError, "file of a run")
+
     def start(self, config: TrainConfig) -> None:
-        """Makes the folder of a new run. Raises :class:`ConfigError` if it holds a run or cannot be written."""
+        """Begins a new run. Raises :class:`ConfigError` if the folder holds one or cannot be written."""
         self.require_no_run()
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
             write_json(self.config_file, config.to_dict())
         except OSError as error:
             raise ConfigError(
@@ -93,20 +129,22 @@ class RunFolder:
 
     def log(self, record: dict[str, Any]) -> None:
         """Appends ``record`` to metrics.jsonl; a value that is not finite becomes null."""
+        require_regular(self.metrics_file, OutputError, "file of a run")  # it may have been replaced since the start
         with naming(self.metrics_file), self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(finite(record)) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The records of metrics.jsonl; a line that is truncated or not a record is left out."""
-        records = []
-        if self.metrics_file.exists():
-            for line in self.metrics_file.read_text(encoding="utf-8", errors="replace").splitlines():
-                try:
-                    record = json.loads(line)
-                except (ValueError, RecursionError):
-                    continue
-                if isinstance(record, dict) and "kind" in record:
-                    records.append(record)
+        """The records of metrics.jsonl. A line that is truncated or not a record is left out, with a message."""
+        require_regular(self.metrics_file, OutputError, "file of a run", MAX_METRICS)
+        try:
+            lines = self.metrics_file.read_bytes().splitlines()
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise OutputError(f"{self.metrics_file} cannot be read ({error.strerror})") from error
+        records = [record for line in lines if (record := _record(line)) is not None]
+        if len(records) < len(lines):
+            print(f"{self.metrics_file}: left out {len(lines) - len(records)} damaged lines", file=sys.stderr)
         return records
 
     def forget_after(self, iteration: int, epochs: int) -> None:
@@ -120,8 +158,8 @@ class RunFolder:
         limits = {"train": ("iteration", iteration), "val": ("epoch", epochs)}
         kept = []
         for record in self.metrics():
-            name, limit = limits.get(str(record["kind"]), ("", 0))
-            if isinstance(record.get(name), int) and record[name] <= limit:
+            name, limit = limits[record["kind"]]
+            if record[name] <= limit:
                 kept.append(record)
         with naming(self.metrics_file):
             write_text(self.metrics_file, "".join(json.dumps(record) + "\n" for record in kept))
@@ -129,6 +167,20 @@ class RunFolder:
     def write_summary(self, summary: dict[str, Any]) -> None:
         with naming(self.summary_file):
             write_json(self.summary_file, summary)
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """A line of metrics.jsonl, if it is one that :meth:`RunFolder.log` could have written for a run."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or record.get("kind") not in ("train", "val"):
+        return None
+    counts = all(type(record.get(name)) is int and 0 <= record[name] <= LARGEST for name in ("epoch", "iteration"))
+    values = (record.get(name) for name in ("loss", "lr", "mean_iou"))
+    numbers = all(value is None or (type(value) in (int, float) and abs(value) <= 1e300) for value in values)
+    return record if counts and numbers else None
 
 
 @contextlib.contextmanager
@@ -151,12 +203,16 @@ def training_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
+def _is_taken(path: Path) -> bool:
+    return not path.is_dir() or any(path.iterdir())
+
+
 def default_folder(recipe: str, resume: bool) -> Path:
     """``runs/RECIPE``, or the next ``runs/RECIPE-N`` if taken; with ``resume``, the one that was saved to last."""
     runs = Path("runs")
     taken = []
     if runs.is_dir():
-        taken = [p for p in runs.iterdir() if re.fullmatch(rf"{re.escape(recipe)}(-\d+)?", p.name) and any(p.iterdir())]
+        taken = [p for p in runs.iterdir() if re.fullmatch(rf"{re.escape(recipe)}(-\d+)?", p.name) and _is_taken(p)]
     if resume:
         files = ("last.pth", "previous.pth", "config.json")
         saved = [p / name for p in taken for name in files if (p / name).exists()]

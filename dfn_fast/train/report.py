@@ -8,7 +8,7 @@ import torch
 
 from dfn_fast.data.base import SegmentationDataset
 from dfn_fast.data.survey import survey
-from dfn_fast.errors import ConfigError
+from dfn_fast.errors import ConfigError, OutputError
 from dfn_fast.evaluate.evaluation import evaluate
 from dfn_fast.evaluate.report import Report
 from dfn_fast.inference.predictor import Predictor
@@ -58,16 +58,19 @@ def validate(trainer: Trainer, dataset: SegmentationDataset, stop: StopRequest) 
 
 def draw(trainer: Trainer, network: ReferenceDFN, dataset: SegmentationDataset, folder: RunFolder) -> None:
     """Writes curves.png, and predictions.png with a few images spread over the split."""
-    with naming(folder.path / "curves.png"):
-        plot_curves(folder.metrics(), folder.path / "curves.png")
+    try:
+        with naming(folder.curves):
+            plot_curves(folder.metrics(), folder.curves)
+    except OutputError as error:
+        print(f"curves.png is left out: {error}", file=sys.stderr)
     predictor = _predictor_of(trainer, network)
     rows = []
     for index in np.unique(np.linspace(0, len(dataset) - 1, SHEET_ROWS).astype(int)):
         sample = dataset[int(index)]
         border = predictor.border(sample.image) if network.has_border else None
         rows.append((sample.image, sample.label, predictor(sample.image), border))
-    with naming(folder.path / "predictions.png"):
-        prediction_sheet(rows, dataset.classes, dataset.palette, folder.path / "predictions.png")
+    with naming(folder.predictions):
+        prediction_sheet(rows, dataset.classes, dataset.palette, folder.predictions)
 
 
 def summarise(

@@ -23,6 +23,7 @@ from dfn_fast.inference.loading import load_model
 from dfn_fast.train import report
 from dfn_fast.train.__main__ import main
 from dfn_fast.train.folder import RunFolder
+from dfn_fast.train.run import Run
 from dfn_fast.trainer.build import poly
 from dfn_fast.trainer.finite import NonFiniteLoss
 from dfn_fast.trainer.trainer import Trainer
@@ -216,6 +217,21 @@ def test_a_full_disk_keeps_the_old_checkpoint(tiny, monkeypatch):
         tiny("run", "--resume")
     assert run.last.read_bytes() == before
     assert not list(run.path.glob(".*"))
+
+
+def test_a_damaged_line_of_metrics_costs_a_run_nothing(tiny, monkeypatch, capsys):
+    def damage(self):
+        self.folder.metrics_file.write_bytes(b'{"kind": "train", "epoch": 1, "iteration": 1, "loss": "low"}\n\xff')
+        return speed.fget(self)
+
+    run = tiny("run", "--stop-after", "5")
+    monkeypatch.setattr("dfn_fast.train.__main__.draw", report.draw)
+    speed = Run.images_per_second
+    monkeypatch.setattr(Run, "images_per_second", property(damage))
+    tiny("run", "--resume")
+    for path in (run.summary_file, run.curves, run.predictions):
+        assert path.stat().st_size > 100
+    assert "left out 2 damaged lines" in capsys.readouterr().err
 
 
 def test_a_run_starts_from_the_weights_of_another(tiny):
