@@ -14,8 +14,8 @@ from dfn_fast.media.formats import FORMATS, IMAGE_SUFFIXES, picture_format
 _BYPRODUCTS = ("@eaDir", "__MACOSX", "Thumbs.db", "desktop.ini")
 
 
-def read_lines(path: Path) -> list[tuple[int, str]]:
-    """The lines of a UTF-8 text file with their numbers from 1, without blank lines and ``#`` comments."""
+def read_lines(path: Path, *, comments: bool = False) -> list[tuple[int, str]]:
+    """The lines of a UTF-8 text file with their numbers from 1, without blank lines and, usually, ``#`` comments."""
     require_regular(path, DataError, "list", MAX_TEXT)
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines also breaks at letters in names
@@ -24,7 +24,7 @@ def read_lines(path: Path) -> list[tuple[int, str]]:
     except OSError as error:
         raise DataError(f"{path}: this list cannot be read ({error.strerror})") from error
     stripped = ((number, line.strip()) for number, line in enumerate(lines, 1))
-    kept = [(number, line) for number, line in stripped if line and not line.startswith("#")]
+    kept = [(number, line) for number, line in stripped if line and (comments or not line.startswith("#"))]
     for number, line in kept:
         if "\0" in line:
             raise DataError(f"{path}:{number}: found a null character, which no path has; expected a text file")

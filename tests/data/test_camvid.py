@@ -32,6 +32,32 @@ def test_list_chooses_and_files_are_found_by_folder_and_stem(camvid, write, line
     assert fills(CamVidDataset(camvid, "train")) == {"b": 2}
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "train/b 1.jpg trainannot/b 1.png", "train/b 1.jpg\ttrainannot/b 1.png", "train\\b 1.jpg trainannot\\b 1.png\r",
+        "\ufeff/SegNet/CamVid/train/b 1.png /SegNet/CamVid/trainannot/b 1.png",
+        "D:\\x\\train\\b 1.png D:\\trainannot\\b 1",
+    ],
+)  # fmt: skip
+def test_spaces_and_windows_lists(camvid, write, write_pair, line):
+    write_pair("CamVid/train/b 1.jpg", "CamVid/trainannot/b 1.png", fill=5)
+    write("CamVid/train.txt", f"{line}\n")
+    assert fills(CamVidDataset(camvid, "train")) == {"b 1": 5}
+
+
+def test_a_name_may_begin_as_a_comment_and_letters_be_composed(camvid, write, write_pair):
+    for name, fill in (("#1", 5), ("u\u0308", 6)):
+        write_pair(f"CamVid/#x/{name}.jpg", f"CamVid/lab/{name}.png", fill=fill)
+    write("CamVid/train.txt", "# images\n#train/a.jpg lab/a.png\n#x/#1.jpg lab/#1.png\n#x/\u00fc.jpg lab/\u00fc.png\n")
+    assert fills(CamVidDataset(camvid, "train")) == {"#1": 5, "u\u0308": 6}
+
+
+def test_files_passed_over_are_noted(camvid, write):
+    other = write("CamVid/train/readme.md", "x")
+    assert [str(other) in note for note in CamVidDataset(camvid, "trainval").notes] == [True]
+
+
 def test_without_a_list_the_folders_are_the_split(camvid):
     assert fills(CamVidDataset(camvid, "train")) == {"a": 1, "b": 2}
     assert fills(CamVidDataset(camvid.parent, "val")) == {"c": 3}

@@ -6,6 +6,7 @@ import pytest
 from dfn_fast.data.datasets.folder import FolderDataset, held_out, read_classes
 from dfn_fast.data.datasets.image_list import ListDataset
 from dfn_fast.data.datasets.voc import voc_palette
+from dfn_fast.data.registry import build_dataset
 from dfn_fast.errors import ConfigError, DataError
 
 
@@ -225,6 +226,39 @@ class TestList:
         ]
         assert "expected image<TAB>label, got 'a.jpg a.png'" in str(caught.value)
         assert "b.png does not exist" in str(caught.value)
+
+    @pytest.mark.parametrize(
+        "line",
+        [
+            "#1/my photo.jpg\t#1/my photo.png", "#1\\my photo.jpg\t#1\\my photo.png\r",
+            "./#1/my photo.jpg \t #1/my photo.png",
+            "\ufeff#1/my photo.jpg\t#1/my photo.png",
+        ],
+    )  # fmt: skip
+    def test_names_with_spaces_and_as_comments_and_windows_lists(self, tmp_path, write, write_pair, line):
+        write_pair("#1/my photo.jpg", "#1/my photo.png", fill=1)
+        write("train.txt", f"{line}\n# a comment\n#2/x.jpg\t#2/x.png\n")
+        assert fills(ListDataset(tmp_path, "train", num_classes=2)) == {"#1/my photo": 1}
+
+    def test_letters_may_be_composed(self, tmp_path, write, write_pair):
+        write_pair("u\u0308.jpg", "\u00fc.png", fill=1)
+        write("train.txt", "\u00fc.jpg\tu\u0308.png\n")
+        assert [*fills(ListDataset(tmp_path, "train", num_classes=2)).values()] == [1]
+
+    @pytest.mark.parametrize("data", ["list", "voc", "camvid"])
+    def test_a_folder_whose_name_begins_like_the_roots_is_outside(self, tmp_path, write, write_pair, data):
+        write_pair("data-secret/train/a.jpg", "data-secret/train/a.png")
+        write("data/JPEGImages/x.jpg", b"")
+        for path in (f"{tmp_path}/data-secret/train/a", "../data-secret/train/a"):
+            line = f"{path}.jpg{chr(9) if data == 'list' else ' '}{path}.png\n"
+            write("data/train.txt" if data != "voc" else "data/ImageSets/Segmentation/train.txt", line)
+            options = {"num_classes": 2} if data == "list" else {}
+            if data == "camvid" and path.startswith("/"):  # looked for below the root
+                with pytest.raises(DataError, match=r"/data/train/a\.jpg: this image does not exist"):
+                    build_dataset(data, tmp_path / "data", "train")
+                continue
+            with pytest.raises(DataError, match=rf"{tmp_path}/data-secret/train/a\.jpg is outside of {tmp_path}/data"):
+                build_dataset(data, tmp_path / "data", "train", **options)
 
     def test_an_image_twice(self, tmp_path, write, write_pair):
         write_pair("a.jpg", "a.png")

@@ -103,6 +103,38 @@ def test_bad_lists(devkit, write, content, message):
         VocDataset(devkit, "val")
 
 
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "img 1\n", "img 1.jpg", "img 1.png", "\ufeffimg 1\r\n", "img 1 \r\n\r\n",
+        "JPEGImages/img 1.jpg SegmentationClass/img 1.png", "JPEGImages\\img 1.jpg\tSegmentationClass\\img 1.png",
+    ],
+)  # fmt: skip
+def test_spaces_suffixes_and_windows_lists(devkit, write, write_pair, lines):
+    write_pair(f"{HOME}/JPEGImages/img 1.jpg", f"{HOME}/SegmentationClass/img 1.png", fill=5)
+    write_pair(f"{HOME}/JPEGImages/img.jpg", f"{HOME}/SegmentationClass/img.png", fill=6)
+    write(f"{HOME}/ImageSets/Segmentation/val.txt", lines)
+    assert fills(VocDataset(devkit, "val")) == {"img 1": 5}
+
+
+def test_a_name_may_begin_as_a_comment_and_letters_be_composed(devkit, write, write_pair):
+    for name, fill in (("#1", 5), ("u\u0308", 6)):
+        write_pair(f"{HOME}/JPEGImages/{name}.jpg", f"{HOME}/SegmentationClass/{name}.png", fill=fill)
+    write(f"{HOME}/ImageSets/Segmentation/val.txt", "# ids\n#a\n#../../../etc/x\n#1\n\u00fc\n")
+    assert fills(VocDataset(devkit, "val")) == {"#1": 5, "u\u0308": 6}
+
+
+def test_other_lists_of_vocs_are_named(devkit, write, write_pair):
+    write(f"{HOME}/ImageSets/Segmentation/val.txt", "a  1\nb -1\nc  0\n")
+    with pytest.raises(DataError, match=r"val\.txt:1: expected an image id, got 'a  1', as in .* of one class"):
+        VocDataset(devkit, "val")
+    for name in "xy":
+        write_pair(f"{HOME}/JPEGImages/{name}.jpg", "elsewhere.png")
+    write(f"{HOME}/ImageSets/Segmentation/val.txt", "x\ny\n")
+    with pytest.raises(DataError, match=r"val\.txt: none of its images has a label in .*those of test"):
+        VocDataset(devkit, "val")
+
+
 def test_missing_list(devkit):
     (devkit / "ImageSets" / "Segmentation" / "val.txt").unlink()
     with pytest.raises(DataError, match=r"val\.txt: this list cannot be read \(No such file"):

@@ -20,9 +20,9 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from dfn_fast.data.base import IGNORE, Pair, SegmentationDataset, require_folder
-from dfn_fast.data.datasets.pairing import below, checked_pairs, pair_by_stem
+from dfn_fast.data.datasets.pairing import below, checked_pairs, entries, pair_by_stem, spellings, two_paths
 from dfn_fast.errors import DataError, shortened
-from dfn_fast.media.listing import files_by_stem, find_images, read_lines
+from dfn_fast.media.listing import composed, files_by_stem, find_images
 
 _CLASSES = (
     ("sky", (128, 128, 128)),
@@ -73,12 +73,13 @@ def _pairs(home: Path, split: str, limit: Path | None, notes: list[str]) -> list
         return pair_by_stem(images, labels, home)
     folders: dict[str, dict[str, Path]] = {}
     pairs = []
-    for number, line in read_lines(list_file):
-        fields = line.split()
-        if len(fields) != 2:
-            raise DataError(f"{list_file}:{number}: expected an image and a label path, got {shortened(line)!r}")
+    for number, line in entries(list_file, lambda line: _existing(home, line, folders, limit) is not None):
         try:
-            image, label = (_find(home, PurePosixPath(field), folders, limit) for field in fields)
+            found = _existing(home, line, folders, limit)
+            fields = line.split()
+            if not found and len(fields) != 2:
+                raise DataError(f"expected an image and a label path, got {shortened(line)!r}")
+            image, label = found or [_find(home, field, folders, limit) for field in fields]
         except DataError as error:
             raise DataError(f"{list_file}:{number}: {error}") from None
         pairs.append(Pair(image, label, image.stem))
@@ -87,15 +88,26 @@ def _pairs(home: Path, split: str, limit: Path | None, notes: list[str]) -> list
     return checked_pairs(pairs, list_file)
 
 
-def _find(home: Path, listed: PurePosixPath, folders: dict[str, dict[str, Path]], limit: Path | None) -> Path:
+def _existing(
+    home: Path, line: str, folders: dict[str, dict[str, Path]], limit: Path | None
+) -> tuple[Path, Path] | None:
+    """The image and the label that a line names, if the image exists. A space may belong to a name or divide two."""
+    found = [(_find(home, image, folders, limit), label) for image, label in two_paths(line)]
+    pairs = [(image, _find(home, label, folders, limit)) for image, label in found if os.path.isfile(image)]
+    return min(pairs, key=lambda pair: (not os.path.isfile(pair[1]), pair[0].stem != pair[1].stem), default=None)
+
+
+def _find(home: Path, field: str, folders: dict[str, dict[str, Path]], limit: Path | None) -> Path:
     """The listed file, else the one with its folder's name and its stem below ``home``, else the expected path."""
     refused: DataError | None = None
-    try:
-        path = below(limit, home / listed)
-        if os.path.isfile(path):
-            return path
-    except DataError as error:
-        refused = error
+    for spelling in spellings(field):
+        try:
+            path = below(limit, home / spelling)
+            if os.path.isfile(path):
+                return path
+        except DataError as error:
+            refused = refused or error
+    listed = PurePosixPath(composed(field.replace("\\", "/")))
     folder = listed.parent.name
     if folder not in folders:
         folders[folder] = files_by_stem(below(limit, home / folder))

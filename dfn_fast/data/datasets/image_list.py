@@ -3,7 +3,7 @@
 Split ``train`` is train.txt in the root; a split ending in ``.txt`` is that file itself, in the root or anywhere::
 
     ROOT/
-      train.txt    per line: photos/a.jpg<TAB>labels/a.png; blank lines and lines that begin with # are skipped
+      train.txt    per line: photos/a.jpg<TAB>labels/a.png; blank lines and comments, which begin with #, are skipped
       val.txt
       classes.txt  one class per line: name, or name R G B
 
@@ -12,15 +12,15 @@ Paths are absolute, or relative to the list's folder or to root. One that leaves
 ``--classes FILE`` or ``--num-classes N`` replaces classes.txt.
 """
 
+import itertools
 import os
 from pathlib import Path
 
 from dfn_fast.data.base import Pair, SegmentationDataset
 from dfn_fast.data.datasets.classes import class_table
-from dfn_fast.data.datasets.pairing import PairingError, below, checked_pairs
+from dfn_fast.data.datasets.pairing import PairingError, below, checked_pairs, entries, spellings
 from dfn_fast.data.palettes import Palettes
 from dfn_fast.errors import ConfigError, DataError, nearest, shortened
-from dfn_fast.media.listing import read_lines
 
 
 class ListDataset(SegmentationDataset):
@@ -43,9 +43,10 @@ class ListDataset(SegmentationDataset):
         table = class_table([root], num_classes, classes)
         self.classes, self.palette, self.palettes = table.names, table.palette, Palettes(table.colours, table.source)
         pairs, problems = [], []
-        for number, line in read_lines(list_file):
+        folders = list(dict.fromkeys((list_file.parent, root)))
+        for number, line in entries(list_file, lambda line: bool(_find(line.split("\t")[0], folders, limit))):
             try:
-                pairs.append(_pair(line, root, list_file.parent, limit))
+                pairs.append(_pair(line, folders, limit, root))
             except DataError as error:
                 problems.append(f"{list_file}:{number}: {error}")
         if problems:
@@ -65,28 +66,28 @@ def _list_file(root: Path, split: str) -> Path:
     )
 
 
-def _pair(line: str, root: Path, folder: Path, limit: Path | None) -> Pair:
+def _pair(line: str, folders: list[Path], limit: Path | None, root: Path) -> Pair:
     fields = [field.strip() for field in line.split("\t")]
     if len(fields) != 2:
         raise DataError(f"expected image<TAB>label, got {shortened(line)!r}")
-    image, label = (_find(field, root, folder, limit) for field in fields)
+    image, label = (_find(field, folders, limit) for field in fields)
     return Pair(image, label, _name(image, root))
 
 
-def _find(field: str, root: Path, folder: Path, limit: Path | None) -> Path:
+def _find(field: str, folders: list[Path], limit: Path | None) -> Path:
+    """The listed file in the first of ``folders`` that has it."""
     refused: DataError | None = None
-    for path in (folder / field, root / field):
+    for folder, spelling in itertools.product(folders, spellings(field)):
         try:
-            path = below(limit, path)
+            path = below(limit, folder / spelling)
         except DataError as error:
-            refused = error
+            refused = refused or error
         else:
             if os.path.isfile(path):
                 return path
     if refused is not None:
         raise refused
-    nor = f", nor in {root}" if root != folder else ""
-    raise DataError(f"{shortened(field)} does not exist in {folder}{nor}")
+    raise DataError(f"{shortened(field)} does not exist in {', nor in '.join(map(str, folders))}")
 
 
 def _name(image: Path, root: Path) -> str:

@@ -8,9 +8,9 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from dfn_fast.data.base import require_folder
-from dfn_fast.data.datasets.pairing import PairingError
+from dfn_fast.data.datasets.pairing import PairingError, entries, spellings
 from dfn_fast.errors import ConfigError, DataError, listed, nearest, shortened
-from dfn_fast.media.listing import Found, composed, find_images, read_lines
+from dfn_fast.media.listing import Found, composed, find_images
 
 VAL_SHARE = 5
 _NAMES = {  # of folders and lists, in any case
@@ -202,7 +202,7 @@ def _lists(root: Path) -> dict[str, Path]:
 def _listed_stems(file: Path, images: Found, masks: Found) -> set[str]:
     """The stems of a list's images: on each line an image's path, with or without its suffix, or a pair's paths."""
     stems, problems = set(), []
-    for number, line in read_lines(file):
+    for number, line in entries(file, lambda line: bool(_listed_stem(line.split("\t")[0].strip(), "images", images))):
         fields = [field.strip() for field in line.split("\t")]
         stem = _listed_stem(fields[0], "images", images)
         if stem is None:
@@ -220,7 +220,7 @@ def _listed_stems(file: Path, images: Found, masks: Found) -> set[str]:
 
 def _listed_stem(field: str, folder: str, found: Found) -> str | None:
     """The stem of ``found`` that a list's path means, which may begin before or in ``folder``."""
-    for text in (field, field.replace("\\", "/")):
+    for text in spellings(field):
         path = PurePosixPath(composed(text))
         if folder in path.parts:
             path = PurePosixPath(*path.parts[path.parts.index(folder) + 1 :])

@@ -1,16 +1,21 @@
 """Shared by the data sets on disk: paths that stay below a folder, pairs by stem, and pairs whose files all exist."""
 
 import bisect
+import contextlib
+import itertools
 import os
-from collections.abc import Iterable
+import re
+import unicodedata
+from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 
 from dfn_fast.data.base import Pair
 from dfn_fast.errors import SHOWN, DataError, shortened
 from dfn_fast.media.formats import picture_format
-from dfn_fast.media.listing import Found, composed
+from dfn_fast.media.listing import Found, composed, read_lines
 
 LOSSY = (".jpg", ".jpeg", ".webp")
+MAX_GAPS = 30  # spaces in a line of two paths
 
 
 class PairingError(DataError):
@@ -34,6 +39,33 @@ def below(limit: Path | None, path: Path) -> Path:
     raise DataError(
         f"{shortened(path)} is outside of {limit}; move it there, or trust this list with --allow-outside-root"
     )
+
+
+def entries(list_file: Path, names_a_file: Callable[[str], bool]) -> list[tuple[int, str]]:
+    """The lines of a list with their numbers. One that begins with ``#`` is a comment, unless it names a file."""
+
+    def counts(line: str) -> bool:
+        with contextlib.suppress(DataError):
+            return not line.startswith("#") or names_a_file(line)
+        return False
+
+    return [(number, line) for number, line in read_lines(list_file, comments=True) if counts(line)]
+
+
+def spellings(listed: str) -> list[str]:
+    """A listed path as written, with Windows' separators turned, and in both forms of Unicode's composed letters."""
+    turned = (listed, listed.replace("\\", "/"))
+    others = (unicodedata.normalize(form, text) for text in turned for form in ("NFC", "NFD"))
+    return list(dict.fromkeys((*turned, *others)))
+
+
+def two_paths(line: str) -> list[tuple[str, str]]:
+    """The pairs of paths that a line may mean: divided at a tab, or at any of its spaces, as names may have spaces."""
+    if "\t" in line:
+        fields = [field.strip() for field in line.split("\t")]
+        return [(fields[0], fields[1])] if len(fields) == 2 else []
+    gaps = list(itertools.islice(re.finditer(r"\s+", line), MAX_GAPS + 1))
+    return [(line[: gap.start()], line[gap.end() :]) for gap in gaps] if len(gaps) <= MAX_GAPS else []
 
 
 def pair_by_stem(images: Found, labels: Found, where: str | Path) -> list[Pair]:
@@ -63,19 +95,25 @@ def _without_partner(files: Found, others: Found, what: str) -> list[str]:
     return problems
 
 
+class Existing:
+    """``exists(path)``: is there such a file? Listing a folder once is far quicker than asking for each file."""
+
+    def __init__(self) -> None:
+        self._folders: dict[Path, set[str]] = {}
+
+    def __call__(self, path: Path) -> bool:
+        if path.parent not in self._folders:
+            try:
+                self._folders[path.parent] = set(os.listdir(path.parent))
+            except (OSError, ValueError):  # missing, unreadable, or not a name that a folder can have
+                self._folders[path.parent] = set()
+        return path.name in self._folders[path.parent]
+
+
 def checked_pairs(pairs: Iterable[Pair], where: str | Path) -> list[Pair]:
     """The pairs as a list; raises :class:`PairingError` for missing files, lossy labels and repeated names."""
     pairs = list(pairs)
-    folders: dict[Path, set[str]] = {}  # listing a folder once is far quicker than checking each of its files
-
-    def exists(path: Path) -> bool:
-        if path.parent not in folders:
-            try:
-                folders[path.parent] = set(os.listdir(path.parent))
-            except (OSError, ValueError):  # missing, unreadable, or not a name that a folder can have
-                folders[path.parent] = set()
-        return path.name in folders[path.parent]
-
+    exists = Existing()
     problems, seen = [], set()
     for pair in pairs:
         problems += [

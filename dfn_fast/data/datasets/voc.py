@@ -13,16 +13,17 @@
 id, or "image label" with paths below VOC2012.
 """
 
+import contextlib
 import os
 from pathlib import Path
 
 import numpy as np
 
 from dfn_fast.data.base import Pair, SegmentationDataset, require_folder
-from dfn_fast.data.datasets.pairing import below, checked_pairs
+from dfn_fast.data.datasets.pairing import Existing, below, checked_pairs, entries, spellings, two_paths
 from dfn_fast.data.palettes import Palettes
 from dfn_fast.errors import DataError, shortened
-from dfn_fast.media.listing import files_by_stem, read_lines
+from dfn_fast.media.listing import files_by_stem
 
 VOC_CLASSES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
@@ -79,28 +80,64 @@ def segmentation_list(home: Path, split: str) -> Path:
 
 def listed_pairs(home: Path, list_file: Path, label_folder: str, limit: Path | None) -> list[Pair]:
     """The pairs that a list names, by ids or by "image label" paths, all of them below ``limit`` if it is given."""
+    lines = _Lines(home, label_folder, limit)
     pairs = []
-    for number, line in read_lines(list_file):
-        fields = line.split()
-        if len(fields) == 1:
-            image, label = home / "JPEGImages" / f"{line}.jpg", home / label_folder / f"{line}.png"
-        elif len(fields) == 2:
-            image, label = (_below_voc(home, field) for field in fields)
-        else:
-            raise DataError(
-                f"{list_file}:{number}: expected an image id, or an image and a label path, got {shortened(line)!r}"
-            )
+    for number, line in entries(list_file, lambda line: lines.by_id(line) is not None):
         try:
-            image, label = (below(limit, path) for path in (image, label))
+            pairs.append(lines.pair(line))
         except DataError as error:
             raise DataError(f"{list_file}:{number}: {error}") from None
-        pairs.append(Pair(image, label, image.stem))
+    if pairs and not any(lines.exists(pair.label) for pair in pairs) and lines.exists(pairs[0].image):
+        raise DataError(
+            f"{list_file}: none of its images has a label in {home / label_folder}; VOC does not publish those of test"
+        )
     return pairs
 
 
-def _below_voc(home: Path, field: str) -> Path:
-    """The path of a list's entry; DeepLab's lists write ``/JPEGImages/a.jpg`` for a path below VOC2012."""
-    return Path(field) if os.path.isfile(field) and os.path.isabs(field) else home / field.lstrip("/")
+class _Lines:
+    """Reads the lines of a list: an id, or else the paths of an image and a label. An id may have spaces."""
+
+    def __init__(self, home: Path, label_folder: str, limit: Path | None):
+        self.home, self.label_folder, self.limit, self.exists = home, label_folder, limit, Existing()
+
+    def pair(self, line: str) -> Pair:
+        """Raises :class:`DataError` for a line of another form, and for a path outside of ``limit``."""
+        if pair := self.by_id(line):
+            return pair
+        fields = line.split()
+        if len(fields) == 2 and fields[1] in ("1", "-1", "0") and self.by_id(fields[0]):
+            raise DataError(
+                f"expected an image id, got {line!r}, as in VOC's lists of one class; take the list of this name in "
+                "ImageSets/Segmentation"
+            )
+        pairs = [(self._path(image), self._path(label)) for image, label in two_paths(line)]
+        likely = [pair for pair in pairs if self.exists(pair[0])] or pairs[: len(fields) == 2]
+        if likely:
+            image, label = min(likely, key=lambda pair: (not self.exists(pair[1]), pair[0].stem != pair[1].stem))
+            return Pair(image, label, image.stem)
+        if len(fields) > 1:
+            raise DataError(f"expected an image id, or an image and a label path, got {shortened(line)!r}")
+        return self._of(line)
+
+    def by_id(self, line: str) -> Pair | None:
+        """The pair of an id whose image exists, be it written with its suffix or without."""
+        with contextlib.suppress(DataError):  # outside of limit
+            for spelling in spellings(line):
+                for name in (spelling, spelling.removesuffix(".jpg"), spelling.removesuffix(".png")):
+                    if self.exists((pair := self._of(name)).image):
+                        return pair
+        return None
+
+    def _of(self, name: str) -> Pair:
+        image = below(self.limit, self.home / "JPEGImages" / f"{name}.jpg")
+        return Pair(image, below(self.limit, self.home / self.label_folder / f"{name}.png"), image.stem)
+
+    def _path(self, field: str) -> Path:
+        """The path of a list's entry; DeepLab's lists write ``/JPEGImages/a.jpg`` for a path below VOC2012."""
+        if os.path.isabs(field) and os.path.isfile(field):
+            return below(self.limit, Path(field))
+        paths = [below(self.limit, self.home / spelling.lstrip("/")) for spelling in spellings(field)]
+        return next(filter(self.exists, paths), paths[0])
 
 
 def _augmented(home: Path, limit: Path | None) -> list[Pair]:
