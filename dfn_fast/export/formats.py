@@ -5,6 +5,7 @@
 
 import contextlib
 import importlib
+import io
 import json
 import logging
 import shutil
@@ -105,7 +106,9 @@ def write(
             elif file_format == "aoti":
                 _write_aoti(program, file, notes)
             else:
-                torch.export.save(program, file, extra_files={EXTRA_FILE: json.dumps(notes)})
+                whole = io.BytesIO()  # on a full disk, PyTorch's own writer ends the process
+                torch.export.save(program, whole, extra_files={EXTRA_FILE: json.dumps(notes)})
+                file.write(whole.getbuffer())
     except OSError as error:
         raise ConfigError(
             f"{path} cannot be written ({error.strerror or error}); choose a folder that exists and is writable"

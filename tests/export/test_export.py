@@ -1,8 +1,11 @@
 """Exported networks: each format against the model, ONNX also in ONNX Runtime, and failures."""
 
 import json
+import os
 import shutil
 import sys
+import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -228,6 +231,25 @@ def test_an_error_while_writing_leaves_the_old_file(tiny, here, monkeypatch):
     with pytest.raises(RuntimeError, match="no export today"):
         main(["-", "dfn.pt2", "--size", "64", "--device", "cpu"])
     assert [(path.name, path.read_text()) for path in here.iterdir()] == [("dfn.pt2", "old")]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, a disk that is full")
+@pytest.mark.parametrize("name", ["dfn.pt2", "dfn.onnx"])
+def test_a_full_disk_is_named_and_leaves_the_old_file(tiny, here, monkeypatch, name):
+    (here / name).write_text("old")
+    mkstemp = tempfile.mkstemp
+
+    def full(*arguments, **settings):
+        handle, path = mkstemp(*arguments, **settings)
+        if settings.get("dir") == Path():
+            os.close(handle)
+            handle = os.open("/dev/full", os.O_WRONLY)
+        return handle, path
+
+    monkeypatch.setattr(tempfile, "mkstemp", full)
+    with pytest.raises(ConfigError, match=f"{name} cannot be written .No space left on device"):
+        main(["-", name, "--size", "64", "--device", "cpu"])
+    assert [(path.name, path.read_text()) for path in here.iterdir()] == [(name, "old")]
 
 
 # Bad input
