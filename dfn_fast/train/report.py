@@ -59,10 +59,12 @@ def validate(trainer: Trainer, dataset: SegmentationDataset, stop: StopRequest) 
 def draw(trainer: Trainer, network: ReferenceDFN, dataset: SegmentationDataset, folder: RunFolder) -> None:
     """Writes curves.png, and predictions.png with a few images spread over the split."""
     try:
-        with naming(folder.curves):
-            plot_curves(folder.metrics(), folder.curves)
+        metrics = folder.metrics()
     except OutputError as error:
-        print(f"curves.png is left out: {error}", file=sys.stderr)
+        print(f"{folder.curves} has no values: {error}", file=sys.stderr)
+        metrics = []
+    with naming(folder.curves):
+        plot_curves(metrics, folder.curves)
     predictor = _predictor_of(trainer, network)
     rows = []
     for index in np.unique(np.linspace(0, len(dataset) - 1, SHEET_ROWS).astype(int)):

@@ -23,7 +23,6 @@ from dfn_fast.inference.loading import load_model
 from dfn_fast.train import report
 from dfn_fast.train.__main__ import main
 from dfn_fast.train.folder import RunFolder
-from dfn_fast.train.run import Run
 from dfn_fast.trainer.build import poly
 from dfn_fast.trainer.finite import NonFiniteLoss
 from dfn_fast.trainer.trainer import Trainer
@@ -219,19 +218,31 @@ def test_a_full_disk_keeps_the_old_checkpoint(tiny, monkeypatch):
     assert not list(run.path.glob(".*"))
 
 
-def test_a_damaged_line_of_metrics_costs_a_run_nothing(tiny, monkeypatch, capsys):
-    def damage(self):
-        self.folder.metrics_file.write_bytes(b'{"kind": "train", "epoch": 1, "iteration": 1, "loss": "low"}\n\xff')
-        return speed.fget(self)
+def write_damaged_lines(path):
+    path.write_bytes(b'{"kind": "train", "epoch": 1, "iteration": 1, "loss": "low"}\n\xff')
+
+
+def put_a_folder_there(path):
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize(
+    ("damage", "text"),
+    [(write_damaged_lines, "left out 2 damaged lines"), (put_a_folder_there, "curves.png has no values: ")],
+)
+def test_damaged_metrics_cost_a_run_neither_summary_nor_pictures(tiny, monkeypatch, capsys, damage, text):
+    def summarise(trainer, *arguments):
+        damage(run.metrics_file)
+        return report.summarise(trainer, *arguments)
 
     run = tiny("run", "--stop-after", "5")
     monkeypatch.setattr("dfn_fast.train.__main__.draw", report.draw)
-    speed = Run.images_per_second
-    monkeypatch.setattr(Run, "images_per_second", property(damage))
+    monkeypatch.setattr("dfn_fast.train.__main__.summarise", summarise)
     tiny("run", "--resume")
     for path in (run.summary_file, run.curves, run.predictions):
         assert path.stat().st_size > 100
-    assert "left out 2 damaged lines" in capsys.readouterr().err
+    assert text in capsys.readouterr().err
 
 
 def test_a_run_starts_from_the_weights_of_another(tiny):
