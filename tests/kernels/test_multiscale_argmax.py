@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dfn_kernels import tuning
+from dfn_kernels.common.triton_or_stub import tl
 from dfn_kernels.images import multiscale_argmax as multiscale
 from dfn_kernels.images.multiscale_argmax import multiscale_argmax, multiscale_argmax_ref
+from support.addresses import offsets_of_program
 from support.parity import DEVICE, DTYPES
 from support.tiers import each_with_one_dtype, examples, slow
 
@@ -326,3 +328,33 @@ def test_on_a_gpu_at_full_size(triton_backend):
     labels.zero_()
     graph.replay()
     assert torch.equal(labels, expected)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="runs in the interpreter")
+def test_offsets_past_32_bits(monkeypatch):
+    """The last program of 60 images: the last corner of each map, of the labels and of the scores, all past 2^31."""
+    batch, classes, full, sides = 60, 21, 6000, ((1500, 1400), (1300, 1501))
+    tile = tuning.multiscale_argmax_tile(classes, 4)
+    programs = batch * full * -(-full // tile.pixels)
+    numbers = {
+        "heights": [h for h, _ in sides], "widths": [w for _, w in sides], "strides": [classes] * 2, "flips": [0, 1]
+    }  # fmt: skip
+    found = offsets_of_program(
+        monkeypatch, multiscale._multiscale_argmax_kernel, programs - 1, programs,
+        {"map_ptrs": (torch.float16, torch.float32), "labels_ptr": torch.uint8, "scores_ptr": torch.float32},
+        **{name: tuple(map(multiscale._opaque, values)) for name, values in numbers.items()},
+        height=full, width=full, KINDS=(0, 1), TYPES=(tl.float16, tl.float32), SCORES=True, K=classes,
+        CLASSES=tuning.power_of_two(classes), PIXELS=tile.pixels, ACC=tl.float32,
+    )  # fmt: skip
+    start = (full - 1) // tile.pixels * tile.pixels
+    labels = (batch * full - 1) * full + torch.arange(start, full)
+    assert torch.equal(found["labels_ptr"], labels)
+    assert torch.equal(found["scores_ptr"], (labels[:, None] * classes + torch.arange(classes)).flatten())
+    for i, (h, w) in enumerate(sides):
+        column, length = torch.arange(start, full), full - 1
+        left = (length - column if i else column) * (w - 1) // length  # the second map is of mirrored images
+        columns = torch.cat([left, (left + 1).clamp(max=w - 1)]).unique()
+        row = (batch * h - 1) * w + columns  # the last row of the image is the last one of the map
+        expected = (row[:, None] * classes + torch.arange(classes)).flatten()
+        assert torch.equal(found[f"map_ptrs[{i}]"], expected)
+        assert expected.min() > 2**31

@@ -8,8 +8,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dfn_kernels import tuning
+from dfn_kernels.common.triton_or_stub import tl
 from dfn_kernels.images import resize_normalize as preprocess
 from dfn_kernels.images.resize_normalize import resize_normalize, resize_normalize_ref
+from support.addresses import offsets_of_program
 from support.parity import DEVICE, DTYPES
 from support.tiers import each_with_one_dtype, examples, slow
 
@@ -263,6 +266,31 @@ def test_on_a_gpu_at_full_size(triton_backend, size):
     out.zero_()
     graph.replay()
     assert torch.equal(out, expected)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="runs in the interpreter; a GPU has the test below")
+@pytest.mark.parametrize("resize", [True, False])
+def test_offsets_past_32_bits(monkeypatch, resize):
+    """The last program of 1500 mirrored images: both images and output lie past 2^31."""
+    batch, height, width, full = 1500, 700, 701, (997, 1001) if resize else (700, 701)
+    tile = tuning.resize_normalize_tile(full[1])
+    programs = 2 * batch * -(-full[0] // tile.rows) * -(-full[1] // tile.pixels)
+    found = offsets_of_program(
+        monkeypatch, preprocess._resize_normalize_kernel, programs - 1, programs,
+        {"images_ptr": torch.uint8, "out_ptr": torch.float16}, batch=batch, in_height=height, in_width=width,
+        height=full[0], width=full[1], SCALE=(1.0,) * 3, SHIFT=(0.0,) * 3, RESIZE=resize, ROWS=tile.rows,
+        PIXELS=tile.pixels, ACC=tl.float32,
+    )  # fmt: skip
+    start = (full[1] - 1) // tile.pixels * tile.pixels
+    band = torch.arange((full[0] - 1) // tile.rows * tile.rows, full[0])
+    out = ((2 * batch - 1) * full[0] + band[:, None]) * full[1] + torch.arange(start, full[1])
+    assert torch.equal(found["out_ptr"], (3 * out[..., None] + torch.arange(3)).flatten())
+    assert found["out_ptr"].max() == 2 * batch * full[0] * full[1] * 3 - 1 > 2**31
+    begin = (batch - 1) * height * width * 3
+    assert begin > 2**31
+    last = found["images_ptr"] - begin  # within the last image, whose mirror image's last columns are its first
+    assert 0 <= last.min() <= last.max() < height * width * 3
+    assert {last.max().item() // (3 * width), last.min().item() % (3 * width)} == {height - 1, 0}
 
 
 @pytest.mark.gpu

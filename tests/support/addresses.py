@@ -24,9 +24,17 @@ class _Memory:
 
 
 def offsets_of_program(
-    monkeypatch, kernel: Any, program: int, programs: int, pointers: dict[str, torch.dtype], **arguments: Any
+    monkeypatch,
+    kernel: Any,
+    program: int,
+    programs: int,
+    pointers: dict[str, torch.dtype | tuple[torch.dtype, ...]],
+    **arguments: Any,
 ) -> dict[str, Tensor]:
-    """The element offsets (sorted, unique) that ``program`` of ``programs`` uses from each pointer."""
+    """The element offsets (sorted, unique) that ``program`` of ``programs`` uses from each pointer.
+
+    A tuple of dtypes is a tuple of pointers; theirs are found as ``name[0]``, ``name[1]`` and so on.
+    """
     from triton.runtime import interpreter
 
     memory, builder = _Memory(), interpreter.interpreter_builder
@@ -36,13 +44,19 @@ def offsets_of_program(
     monkeypatch.setattr(builder, "set_grid_dim", lambda *dim: setattr(builder, "grid_dim", (programs, 1, 1)))
     monkeypatch.setattr(builder, "set_grid_idx", lambda *idx: setattr(builder, "grid_idx", (program, 0, 0)))
     # Pointers are 2^48 bytes apart, so an address tells which one it belongs to, even if an offset is negative.
-    bases = {name: (i + 1) << 48 for i, name in enumerate(pointers)}
-    places = {name: _Pointer(dtype, bases[name]) for name, dtype in pointers.items()}
+    places: dict[str, Any] = {}
+    all_places: dict[str, _Pointer] = {}
+    for name, dtypes in pointers.items():
+        several = isinstance(dtypes, tuple)
+        for i, dtype in enumerate(dtypes if several else (dtypes,)):
+            all_places[f"{name}[{i}]" if several else name] = place = _Pointer(dtype, (len(all_places) + 1) << 48)
+            places[name] = (*places.get(name, ()), place) if several else place
     kernel[(1,)](**places, **arguments)
     found = defaultdict(list)
     for address in np.concatenate([a.ravel() for a in memory.addresses]).astype(np.int64).tolist():
-        name = list(pointers)[((address + (1 << 47)) >> 48) - 1]
-        found[name].append((address - bases[name]) // pointers[name].itemsize)
+        name = list(all_places)[((address + (1 << 47)) >> 48) - 1]
+        place = all_places[name]
+        found[name].append((address - place.address) // place.dtype.itemsize)
     return {name: torch.tensor(offsets).unique() for name, offsets in found.items()}
 
 
