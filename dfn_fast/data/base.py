@@ -41,7 +41,7 @@ class SegmentationDataset:
     name: str = ""
     classes: tuple[str, ...] = ()
     palette: np.ndarray = np.zeros((0, 3), np.uint8)
-    notes: Sequence[str] = ()  # whole sentences
+    notes: Sequence[str] = ()  # sentences without a full stop
     palettes: Palettes | None = None  # against which the colours of palette labels are held
 
     def __init__(self, pairs: list[Pair], split: str, where: str | Path, notes: Iterable[str] = ()):
@@ -82,12 +82,16 @@ class SegmentationDataset:
 
     def check_sample(self, image: np.ndarray, label: np.ndarray, pair: Pair) -> None:
         """Raises :class:`DataError` if sizes differ, or if the label holds a value that is not a class."""
-        if image.shape[:2] != label.shape:
-            raise DataError(
-                f"{pair.label}: expected a label of the image's size {image.shape[1]}x{image.shape[0]} "
-                f"({pair.image}), got {label.shape[1]}x{label.shape[0]}"
-            )
+        self.check_size(image.shape[:2], label.shape, pair)
         self.check_values(label, pair.label)
+
+    def check_size(self, image: tuple[int, ...], label: tuple[int, ...], pair: Pair) -> None:
+        """Raises :class:`DataError` if the (height, width) of an image and of its label differ."""
+        if image != label:
+            raise DataError(
+                f"{pair.label}: expected a label of the image's size {image[1]}x{image[0]} ({pair.image}), "
+                f"got {label[1]}x{label[0]}"
+            )
 
     def check_values(self, label: np.ndarray, path: Path) -> None:
         """Raises :class:`DataError` if the label, which was read from ``path``, holds a value that is not a class."""

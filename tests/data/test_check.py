@@ -167,7 +167,7 @@ def test_how_a_data_set_was_read_is_noted_once(folder, capsys):
     code, out = run("check", "folder", "--root", folder, capsys=capsys)
     assert code == 0
     assert "Notes (1):" in out
-    assert f"  The split is that of the folders in {folder}/images: 4 train, 2 val." in out
+    assert f"  The split is that of the folders in {folder}/images: 4 train, 2 val\n" in out
 
 
 def test_a_file_has_a_time_limit(folder, capsys, monkeypatch):

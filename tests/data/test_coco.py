@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 
+from dfn_fast.data.datasets import coco as coco_module
 from dfn_fast.data.datasets.coco import CocoDataset
 from dfn_fast.data.datasets.voc import VOC_CLASSES
 from dfn_fast.errors import ConfigError, DataError
@@ -137,6 +138,107 @@ def test_no_annotations(tmp_path):
     pytest.importorskip("pycocotools")
     with pytest.raises(DataError, match=r"annotations: no instances_\*\.json there"):
         CocoDataset(tmp_path, "val2017")
+
+
+def edited(root, change):
+    """Applies ``change`` to the content of the annotation file."""
+    path = root / "annotations/instances_val2017.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    return root
+
+
+def test_what_is_left_out_is_noted(coco):
+    instances = [instance(1, 1, box(0, 0, 40, 40), 1600), instance(1, 52, box(0, 0, 9, 9), 81)]
+    root = edited(coco(instances), lambda c: c["annotations"].append(instance(7, 1, box(0, 0, 9, 9), 81)))
+    assert CocoDataset(root, "val2017").notes == [
+        "1 instances of 1 categories that are not VOC's are background: banana",
+        "1 of 2 images are left out, having no class of VOC or at most 1000 labelled pixels",
+        "1 annotations are of images that are not in instances_val2017.json, and are left out",
+    ]
+
+
+def test_own_categories_are_refused_or_noted(coco):
+    def rename(content):
+        content["categories"][0]["name"], content["categories"][3]["name"] = names
+
+    names = ("pothole", "background")
+    root = edited(coco([instance(1, i, box(0, 0, 40, 40), 1600) for i in (1, 52)]), rename)
+    with pytest.raises(
+        DataError, match=r"none of its categories is a class of VOC.*: pothole, background\. .*--data folder"
+    ):
+        CocoDataset(root, "val2017")
+    names = ("person", "helmet")
+    dataset = CocoDataset(edited(root, rename), "val2017")
+    assert "1 instances of 1 categories that are not VOC's are background: helmet" in dataset.notes
+
+
+@pytest.mark.parametrize(
+    ("part", "values", "message"),
+    [
+        ("images", {"height": True}, "height True, width 60"),
+        ("images", {"width": 60.0}, r"height 50, width 60\.0"),
+        ("images", {"height": 0}, "height 0"),
+        ("images", {"height": 16385}, "height 16385, width 60"),
+        ("images", {"width": 16385}, "height 50, width 16385"),
+        ("images", {"file_name": 1}, "file_name 1"),
+        ("images", {"id": 2}, "image 2 is there twice"),
+        ("categories", {"id": 4}, "category 4 is there twice"),
+        ("annotations", {"category_id": 3}, "category 3, which is not in categories"),
+        ("annotations", {"area": True}, "an area of True"),
+        ("annotations", {"area": float("nan")}, "an area of nan"),
+        ("annotations", {"area": -1}, "an area of -1"),
+        ("annotations", {"iscrowd": "0"}, "iscrowd '0'"),
+    ],
+)
+def test_wrong_values_are_named(coco, part, values, message):
+    root = edited(coco([instance(1, 1, box(0, 0, 40, 40), 1600)]), lambda content: content[part][0].update(values))
+    with pytest.raises(DataError, match=rf"instances_val2017\.json: expected COCO's instances .*: .*{message}"):
+        CocoDataset(root, "val2017")
+
+
+def test_an_annotation_file_has_a_limit(coco, monkeypatch):
+    root = coco([instance(1, 1, box(0, 0, 40, 40), 1600)])
+    size = (root / "annotations/instances_val2017.json").stat().st_size
+    monkeypatch.setattr(coco_module, "MAX_BYTES", size)
+    assert len(CocoDataset(root, "val2017")) == 1
+    monkeypatch.setattr(coco_module, "MAX_BYTES", size - 1)
+    with pytest.raises(DataError, match=f"this annotation file has {size} bytes, expected at most {size - 1}"):
+        CocoDataset(root, "val2017")
+
+
+@pytest.mark.parametrize(
+    ("polygon", "message"),
+    [
+        ([0, 0, 9, 0, 32768, 9], None),
+        ([0, 0, 9, 0, 32769, 9], "corner lies far"),
+        ([0, 0, 9, 0, 9, -16384], None),
+        ([0, 0, 9, 0, 9, -16385], "corner lies far"),
+        ([0, 0, 9, 0, 9, float("nan")], "corner lies far"),
+        ([0, 0, 9, 0, 9, 9, 9], "reshape"),
+        ([0, 0, 32768, 0] * 31 + [0, 0], None),  # 2,031,616 of 2,097,152 pixels long
+        ([0, 0, 32768, 0] * 33 + [0, 0], "an outline of more than 2097152 pixels"),
+    ],
+)
+def test_outlines_have_limits(coco, polygon, message):
+    dataset = CocoDataset(coco([instance(1, 1, [polygon], 1600)]), "val2017")
+    if message is None:
+        assert dataset.label(0).shape == (50, 60)
+        return
+    with pytest.raises(DataError, match=rf"000000000001\.jpg: a segmentation cannot be drawn .*{message}"):
+        dataset.label(0)
+
+
+def test_sizes_are_compared_before_anything_is_drawn(coco, monkeypatch):
+    root = edited(
+        coco([instance(1, 1, box(0, 0, 40, 40), 1600)]), lambda content: content["images"][0].update(width=16384)
+    )
+    monkeypatch.setattr(coco_module, "_draw_label", lambda *_: pytest.fail("drawn"))
+    dataset = CocoDataset(root, "val2017")
+    for read in (dataset.label, dataset.__getitem__):
+        with pytest.raises(DataError, match=r"image's size 60x50 .*got 16384x50"):
+            read(0)
 
 
 def test_broken_segmentation_is_named(coco):

@@ -38,7 +38,7 @@ class TestFoldersOfSplits:
         assert names(tmp_path, "train") == [f"{train}/{i}" for i in range(7)]
         assert names(tmp_path, "val") == [*(f"{val}/{i}" for i in range(3)), f"{val}/night/3"]
         for split in ("train", "val"):
-            assert note(tmp_path, split) == f"The split is that of the folders in {tmp_path}/images: 7 train, 4 val."
+            assert note(tmp_path, split) == f"The split is that of the folders in {tmp_path}/images: 7 train, 4 val"
 
     def test_further_down(self, tmp_path, pairs):
         pairs("cam1/train/a", "cam2/train/a", "cam1/val/a")
@@ -51,7 +51,7 @@ class TestFoldersOfSplits:
         pairs("c", home=f"{val}/")
         assert names(tmp_path, "train") == ["a", "b"]
         assert names(tmp_path, "val") == ["c"]
-        assert note(tmp_path, "val") == ("" if val == "val" else f"Split val is folder {val}: 1 images.")
+        assert note(tmp_path, "val") == ("" if val == "val" else f"Split val is folder {val}: 1 images")
 
     @pytest.mark.parametrize("images", ["test/images/x.png", "images/test/x.png"])
     def test_one_without_labels_does_not_disturb_the_others(self, tmp_path, pairs, write_pair, images):
@@ -133,7 +133,7 @@ class TestLists:
         write("train.txt", "a\nb.png\n")
         write("valid.txt", f"{line}\n")
         assert (names(tmp_path, "train"), names(tmp_path, "val")) == (["a", "b"], ["night/e"])
-        expected = f"The split is that of train.txt, valid.txt in {tmp_path}, which leave out 3 images: 2 train, 1 val."
+        expected = f"The split is that of train.txt, valid.txt in {tmp_path}, which leave out 3 images: 2 train, 1 val"
         assert note(tmp_path) == expected
 
     @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ class TestChosen:
         pairs(*"abcd")
         assert note(tmp_path, "val") == (
             f"There is no split in {tmp_path}/images, so about every fifth image, chosen by a hash of its name, is val "
-            "(to choose, make images/train and images/val): 2 train, 2 val."
+            "(to choose, make images/train and images/val): 2 train, 2 val"
         )
 
     def test_images_of_one_folder_stay_together(self, tmp_path, pairs):
@@ -182,7 +182,7 @@ class TestChosen:
         assert not {os.path.dirname(name) for name in train} & {os.path.dirname(name) for name in val}
         of_val = ", ".join(sorted({os.path.dirname(name) for name in val}))
         assert f"whole folders, chosen by a hash of their names, are val: {of_val}" in note(tmp_path)
-        assert f": {len(train)} train, {len(val)} val." in note(tmp_path)
+        assert f": {len(train)} train, {len(val)} val" in note(tmp_path)
 
     def test_a_fifth_of_the_folders_but_never_most_of_the_images(self):
         # a and c are divisible by 5, b and d are not (tests/data/test_folder.py)

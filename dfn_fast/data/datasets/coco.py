@@ -8,28 +8,30 @@ Nothing is written to disk, and ``pycocotools`` draws the masks: ``pip install p
       val2017/000000000139.jpg ...
 
 An annotation file ``instances_X.json`` makes split ``X``. Instances of the 20 VOC classes are drawn from the largest to
-the smallest. Crowds of them are 255 where no single instance lies, and every other category is background. As for
-DeepLab, an image is used only if it has a VOC class and more than 1,000 labelled pixels, which is the sum of the
-instances' ``area`` without crowds.
+the smallest. Crowds of them are 255 where no single instance lies. Every other category is background, which a note
+says; a file without a class of VOC is refused. As for DeepLab, an image is used only if it has a VOC class and more
+than 1,000 labelled pixels, which is the sum of the instances' ``area`` without crowds.
 """
 
 import json
-from collections import defaultdict
+import math
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dfn_fast.data.base import IGNORE, Pair, Sample, SegmentationDataset
+from dfn_fast.data.base import IGNORE, Pair, SegmentationDataset
 from dfn_fast.data.datasets.pairing import below, checked_pairs
 from dfn_fast.data.datasets.voc import VOC_CLASSES, VocDataset
-from dfn_fast.errors import ConfigError, DataError, nearest, shortened
+from dfn_fast.errors import ConfigError, DataError, brief, listed, nearest, shortened
 from dfn_fast.files import require_regular
-from dfn_fast.media.images import read_image
+from dfn_fast.media.images import open_image
 
 MIN_PIXELS = 1000
 MAX_SIDE = 1 << 14  # of an image, in pixels
 MAX_BYTES = 1 << 32  # of an annotation file
+MAX_OUTLINE = 1 << 21  # of an instance, in pixels: pycocotools takes about 100 bytes for each
 _COCO_NAMES = {  # where the name differs from VOC's
     "airplane": "aeroplane",
     "couch": "sofa",
@@ -55,21 +57,21 @@ class CocoDataset(SegmentationDataset):
         folder = next((f for f in (root / split, root / "images" / split) if f.is_dir()), None)
         if folder is None:
             raise DataError(f"{root / split}: the folder of the images is missing, and so is {root / 'images' / split}")
-        images = _read_instances(annotations)
+        images, notes = _read_instances(annotations)
         self._images = [json.dumps(image).encode() for image in images]  # text takes a fifth of the lists' memory
         try:
             files = [below(limit, folder / image["file"]) for image in images]
         except DataError as error:
             raise DataError(f"{annotations}: {error}") from None
         pairs = [Pair(file, annotations, file.stem) for file in files]
-        super().__init__(checked_pairs(pairs, annotations), split, root)
+        super().__init__(checked_pairs(pairs, annotations), split, root, notes)
 
-    def __getitem__(self, index: int) -> Sample:
-        pair = self.pairs[index]
-        image = read_image(pair.image)
-        label = _draw_label(json.loads(self._images[index]), pair.label)
-        self.check_sample(image, label, pair)
-        return Sample(image, label, pair.name)
+    def label(self, index: int) -> np.ndarray:
+        pair, image = self.pairs[index], json.loads(self._images[index])
+        with open_image(pair.image) as file:  # before memory is taken for a size that the image may not have
+            swapped = image["size"] == list(file.size)  # by an EXIF orientation
+            self.check_size(file.size if swapped else file.size[::-1], tuple(image["size"]), pair)
+        return _draw_label(image, pair.label)
 
 
 def _draw_label(image: dict[str, Any], path: Path) -> np.ndarray:
@@ -96,8 +98,8 @@ def _decode(segmentation: list | dict, height: int, width: int) -> np.ndarray:
         raise ValueError(f"a run-length code for {segmentation['size']} in an image of {[height, width]}")
     if isinstance(segmentation, list):
         polygons = [polygon for polygon in segmentation if len(polygon) >= 6]  # four numbers would be read as a box
-        if any(not -MAX_SIDE <= x <= 2 * MAX_SIDE for polygon in polygons for x in polygon):
-            raise ValueError("a polygon's corner lies far from the image")
+        if sum(map(_outline, polygons)) > MAX_OUTLINE:
+            raise ValueError(f"an outline of more than {MAX_OUTLINE} pixels")
         if not polygons:
             return np.zeros((height, width), bool)
         code = masks.merge(masks.frPyObjects(polygons, height, width))
@@ -110,35 +112,98 @@ def _decode(segmentation: list | dict, height: int, width: int) -> np.ndarray:
     return masks.decode(code).astype(bool)
 
 
-def _read_instances(path: Path) -> list[dict[str, Any]]:
-    """The images of an annotation file that are used, each in the form that :func:`_draw_label` takes."""
+def _outline(polygon: list[float]) -> float:
+    """The length of a polygon in pixels; raises ``ValueError`` for one that no image has."""
+    corners = np.array(polygon, np.float64).reshape(-1, 2)
+    if not ((corners >= -MAX_SIDE) & (corners <= 2 * MAX_SIDE)).all():
+        raise ValueError("a polygon's corner lies far from the image")
+    return float(np.abs(corners - np.roll(corners, 1, axis=0)).max(axis=1).sum())
+
+
+def _read_instances(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """The images of an annotation file, in the form that :func:`_draw_label` takes, and notes on what is left out."""
     require_regular(path, DataError, "annotation file", MAX_BYTES)
     try:
         content = json.loads(path.read_bytes())
-        names = {c["id"]: _COCO_NAMES.get(c["name"], c["name"]) for c in content["categories"]}
-        class_ids = {i: VOC_CLASSES.index(name) for i, name in names.items() if name in VOC_CLASSES}
+        names = _by_id(content["categories"], "category")
+        images = _by_id(content["images"], "image")
         instances = defaultdict(list)
+        others: Counter[str] = Counter()
+        strays = 0
         for a in content["annotations"]:
-            if a["category_id"] in class_ids:
-                crowd = bool(a.get("iscrowd", 0))
-                instances[a["image_id"]].append((class_ids[a["category_id"]], crowd, a["area"], a["segmentation"]))
-        return [
-            {"file": str(i["file_name"]), "size": _size(i), "instances": instances[i["id"]]}
-            for i in content["images"]
-            if sum(area for _, crowd, area, _ in instances[i["id"]] if not crowd) > MIN_PIXELS
+            if a["category_id"] not in names:
+                raise ValueError(f"an annotation of category {a['category_id']}, which is not in categories")
+            name = str(names[a["category_id"]]["name"])
+            strays += a["image_id"] not in images
+            if _COCO_NAMES.get(name, name) in VOC_CLASSES[1:]:
+                class_id = VOC_CLASSES.index(_COCO_NAMES.get(name, name))
+                instances[a["image_id"]].append((class_id, _crowd(a), _area(a), a["segmentation"]))
+            else:
+                others[name] += 1
+        used = [
+            {"file": _file_name(image), "size": _size(image), "instances": instances.get(i, [])}
+            for i, image in images.items()
+            if sum(area for _, crowd, area, _ in instances.get(i, []) if not crowd) > MIN_PIXELS
         ]
-    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, OSError, RecursionError) as error:
         raise DataError(
             f"{path}: expected COCO's instances with images, annotations and categories "
             f"({type(error).__name__}: {shortened(str(error))}); unpack the annotations again"
         ) from error
+    if others and not instances:
+        raise DataError(
+            f"{path}: none of its categories is a class of VOC, which data set 'coco' reads: {listed(others, 20)}. "
+            "Draw them as masks, and read these with --data folder"
+        )
+    notes = []
+    if others:
+        notes.append(
+            f"{sum(others.values())} instances of {len(others)} categories that are not VOC's are background: "
+            f"{listed(sorted(others), 80)}"
+        )
+    if len(used) < len(images):
+        notes.append(
+            f"{len(images) - len(used)} of {len(images)} images are left out, having no class of VOC or at most "
+            f"{MIN_PIXELS} labelled pixels"
+        )
+    if strays:
+        notes.append(f"{strays} annotations are of images that are not in {path.name}, and are left out")
+    return used, notes
+
+
+def _by_id(items: list[dict[str, Any]], what: str) -> dict[Any, dict[str, Any]]:
+    by_id: dict[Any, dict[str, Any]] = {}
+    for item in items:
+        if by_id.setdefault(item["id"], item) is not item:
+            raise ValueError(f"{what} {item['id']} is there twice")
+    return by_id
+
+
+def _area(annotation: dict[str, Any]) -> float:
+    area = annotation["area"]
+    if isinstance(area, bool) or not 0 <= area < math.inf:
+        raise ValueError(f"an area of {brief(area)}")
+    return area
+
+
+def _crowd(annotation: dict[str, Any]) -> bool:
+    crowd = annotation.get("iscrowd", 0)
+    if crowd not in (0, 1):
+        raise ValueError(f"iscrowd {brief(crowd)}")
+    return bool(crowd)
+
+
+def _file_name(image: dict[str, Any]) -> str:
+    if not isinstance(image["file_name"], str):
+        raise ValueError(f"file_name {brief(image['file_name'])}")
+    return image["file_name"]
 
 
 def _size(image: dict[str, Any]) -> tuple[int, int]:
     """Height and width; raises ``ValueError`` for a size that no image has."""
     height, width = image["height"], image["width"]
-    if not (isinstance(height, int) and isinstance(width, int) and 0 < height <= MAX_SIDE and 0 < width <= MAX_SIDE):
-        raise ValueError(f"image {image['file_name']}: height {height}, width {width}")
+    if not all(type(side) is int and 0 < side <= MAX_SIDE for side in (height, width)):
+        raise ValueError(f"image {image['file_name']}: height {brief(height)}, width {brief(width)}")
     return height, width
 
 

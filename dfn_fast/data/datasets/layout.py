@@ -85,7 +85,7 @@ def _from_split_folder(root: Path, folders: list[Path], split: str) -> Part:
             raise DataError(f"{twin} and {folder} are the same split by their names; keep one of the two")
     home = by_split[_known(root, split, by_split)]
     images, masks = _files(home)
-    notes = [f"Split {split} is folder {home.name}: {len(images.files)} images."] if home.name != split else []
+    notes = [f"Split {split} is folder {home.name}: {len(images.files)} images"] if home.name != split else []
     others = [find_images(folder / "masks", nested=True).files for folder in folders]
     return Part(images, masks, set(images.files), home, folders, [*map(_first, filter(None, others))], notes)
 
@@ -121,7 +121,7 @@ def _from_one_folder(root: Path, lists: dict[str, Path], split: str) -> Part:
         root,
         [root],
         [*map(_first, filter(None, samples))],
-        [f"{how}: {counts}."],
+        [f"{how}: {counts}"],
     )
 
 
