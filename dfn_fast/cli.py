@@ -72,7 +72,7 @@ def dashed(name: str) -> str:
 
 def size(text: str) -> tuple[int, int]:
     """``"512"`` or ``"512x1024"`` (height x width) as ``(height, width)``."""
-    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    match = re.fullmatch(r"([0-9]{1,9})(?:x([0-9]{1,9}))?", text)
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size; write 512 or 512x1024 (height x width)")
     return int(match[1]), int(match[2] or match[1])

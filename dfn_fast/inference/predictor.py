@@ -20,7 +20,7 @@ from dfn_fast.errors import ConfigError, UserError
 from dfn_fast.inference.combine import bands, small_maps, source
 from dfn_fast.inference.engine import AMPS, MOST_AT_ONCE, Engine, memory_advice
 from dfn_fast.inference.padding import bucketed, pad_corner
-from dfn_fast.inference.settings import Settings, require_choice, require_positive
+from dfn_fast.inference.settings import MAX_BATCH, Settings, require_choice, require_positive
 from dfn_fast.inference.windows import resized_rows
 from dfn_fast.network.fused import FusedDFN
 from dfn_fast.network.reference import ReferenceDFN
@@ -30,6 +30,7 @@ from dfn_kernels import multiscale_argmax, resize_normalize
 from dfn_kernels.common.cpu import has_bf16_arithmetic
 
 Picture = np.ndarray | Image.Image  # RGB uint8 [H, W, 3], or of mode RGB
+MAX_GRAPH_CACHE = 1 << 50  # bytes
 AGREEMENT = 0.999  # share of the first image's labels that must be the same in bf16, for "auto" on a CPU
 NOT_FINITE = "the network's scores are not finite: the checkpoint is damaged, or try --amp off"
 
@@ -89,8 +90,8 @@ class Predictor:
                 raise ConfigError(f"rule {rule!r} and preset {preset!r}: preset is an older name of rule; give one")
             rule = preset
         require_choice("amp", amp, AMPS)
-        require_positive("batch", batch)
-        require_positive("graph_cache_bytes", graph_cache_bytes)
+        require_positive("batch", batch, MAX_BATCH)
+        require_positive("graph_cache_bytes", graph_cache_bytes, MAX_GRAPH_CACHE)
         sides = (window, window) if isinstance(window, int) else window
         factors = tuple(float(scale) for scale in scales)
         self._settings = Settings(factors, flip, sides, overlap, window_weight, rule, bucket)

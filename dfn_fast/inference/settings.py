@@ -16,16 +16,18 @@ Its products and sums are not normalised, so pixels of several tiles weigh more 
 takes half pixels as centres. Its padding is black, unless the whole scaled image fits in a window.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
-from dfn_fast.errors import ConfigError
+from dfn_fast.errors import ConfigError, brief, listed
 from dfn_fast.inference.windows import WEIGHTS
 from dfn_fast.network.backbone import MIN_SIZE
 
 RULES = ("mean", "torchseg")
 TORCHSEG_WINDOW = 512
+MOST_SCALES, MAX_SCALE = 32, 16.0
+MAX_OVERLAP = 0.95  # each pixel is then in 400 windows
+MAX_WINDOW, MAX_BUCKET, MAX_BATCH = 1 << 16, 1 << 12, 1 << 16
 
 
 @dataclass(frozen=True)
@@ -44,18 +46,24 @@ class Settings:
     bucket: int | None = None
 
     def __post_init__(self) -> None:
-        if not self.scales or not all(0 < scale < math.inf for scale in self.scales):
-            raise ConfigError(f"scales {list(self.scales)}: expected one or more positive numbers, such as 0.5 1 1.5")
+        if not 1 <= len(self.scales) <= MOST_SCALES or not all(0 < scale <= MAX_SCALE for scale in self.scales):
+            raise ConfigError(
+                f"scales {listed(map(str, self.scales))}: expected 1 to {MOST_SCALES} numbers above 0 and up to "
+                f"{MAX_SCALE:g}, such as 0.5 1 1.5"
+            )
         require_choice("rule", self.rule, RULES)
         require_choice("window_weight", self.window_weight, WEIGHTS)
-        if not 0 <= self.overlap < 1:
-            raise ConfigError(f"overlap {self.overlap}: expected a share of the window from 0 to below 1")
-        require_positive("bucket", self.bucket)
+        if not 0 <= self.overlap <= MAX_OVERLAP:
+            raise ConfigError(f"overlap {self.overlap}: expected a share of the window from 0 to {MAX_OVERLAP}")
+        require_positive("bucket", self.bucket, MAX_BUCKET)
         if self.window is None and self.rule == "torchseg":
             object.__setattr__(self, "window", (TORCHSEG_WINDOW, TORCHSEG_WINDOW))
-        if self.window is not None and min(self.window) < MIN_SIZE:
-            height, width = self.window
-            raise ConfigError(f"window {height}x{width}: expected at least {MIN_SIZE}, the network's largest stride")
+        if self.window is not None and not MIN_SIZE <= min(self.window) <= max(self.window) <= MAX_WINDOW:
+            height, width = map(brief, self.window)
+            raise ConfigError(
+                f"window {height}x{width}: expected at least {MIN_SIZE}, the network's largest stride, and at most "
+                f"{MAX_WINDOW}"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON. The rule's key is ``preset``, its name when the first such files were written."""
@@ -88,7 +96,7 @@ def require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ConfigError(f"{name} {value!r}: expected one of {', '.join(choices)}")
 
 
-def require_positive(name: str, value: int | None) -> None:
-    """Raises :class:`ConfigError` unless the argument ``name`` is None or at least 1."""
-    if value is not None and value < 1:
-        raise ConfigError(f"{name} {value}: expected a positive number")
+def require_positive(name: str, value: int | None, most: int) -> None:
+    """Raises :class:`ConfigError` unless the argument ``name`` is None or from 1 to ``most``."""
+    if value is not None and not 1 <= value <= most:
+        raise ConfigError(f"{name} {brief(value)}: expected a positive number of at most {most}")

@@ -10,6 +10,7 @@ import torch
 
 from dfn_fast.inference import combine
 from dfn_fast.inference.predictor import Predictor
+from dfn_fast.inference.windows import WindowScores, window_starts
 from dfn_fast.network.reference import ReferenceDFN
 from support.plain_predictions import K, gaussian, normalised, resized, scaled, small_scores, softmax, starts
 
@@ -44,6 +45,30 @@ def test_windows_are_averaged(model, picture, flip, weight, batch):
     predictor = Predictor(model, **settings)
     np.testing.assert_allclose(predictor.probabilities(image), np.mean(expected, axis=0), rtol=0, atol=1e-6)
     np.testing.assert_array_equal(predictor(image), np.mean(expected, axis=0).argmax(0))
+
+
+@pytest.mark.parametrize("overlap", [1 / 3, 2 / 3])
+def test_a_window_moves_by_whole_thirds(overlap):
+    """In floating point ``(1 - 1 / 3) * window`` is a little more than the whole number, or a little less."""
+    for window in range(33, 1200, 3):
+        starts = window_starts(5 * window, window, overlap)
+        assert starts[1] == round((1 - overlap) * 3) * window // 3
+        assert starts[-1] == 4 * window
+
+
+@pytest.mark.parametrize("height", [320, 3200])
+def test_a_tall_image_keeps_few_rows_of_windows(height):
+    """However tall it is, and each row of windows is scored once."""
+    scored, kept = [], []
+    tiles = WindowScores(
+        lambda x: scored.append(len(x)) or x[:, :2, ::4, ::4],
+        torch.zeros(1, 3, height, 96), (48, 48), 1 / 3, flip=False, batch=2,
+    )  # fmt: skip
+    for begin in range(0, height, 20):
+        tiles.rows(begin, begin + 20)
+        kept.append(len(tiles.kept))
+    assert max(kept) == 3  # a band of 20 rows touches no more, as a new one begins every 32
+    assert sum(scored) == len(tiles.tops) * len(tiles.lefts)
 
 
 @pytest.mark.parametrize("settings", [{"window": 40}, {"window": 36, "rule": "torchseg"}], ids=["mean", "torchseg"])
