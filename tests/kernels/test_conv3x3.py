@@ -198,6 +198,8 @@ def test_memory_is_bounded_by_the_workspace(monkeypatch):
         ((1, 512, 24, 24), 512, "float32", {}, 0),  # the weight's own transform would
         ((1, 512, 24, 24), 512, "float32", {"ahead": True}, 4),
         ((2, 512, 8, 8), 512, "float32", {"ahead": True}, 0),
+        ((2, 512, 16, 16), 512, "float32", {"ahead": True}, 4),  # the pixels of both images count
+        ((1, 512, 16, 16), 512, "float32", {"ahead": True}, 0),
     ],
 )
 def test_is_chosen_where_it_pays(shape, outputs, dtype, options, side):

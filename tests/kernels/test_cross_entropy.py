@@ -67,10 +67,11 @@ def test_label_dtypes_and_ignored_values(backend, label_dtype, ignore_index):
         torch.testing.assert_close(ours, theirs)
 
 
-def test_agrees_with_pytorch(backend):
+@pytest.mark.parametrize("scale", [1.0, 1e-3], ids=["", "weights of all pixels below 1"])
+def test_agrees_with_pytorch(backend, scale):
     """The definition itself is held against what PyTorch calls cross entropy."""
     logits, labels = make_inputs((2, 5, 2, 4, 4, 9), torch.float64)
-    weight = torch.rand(5, dtype=torch.float64, device=DEVICE) + 0.1
+    weight = (torch.rand(5, dtype=torch.float64, device=DEVICE) + 0.1) * scale
     full = F.interpolate(logits, size=(4, 9), mode="bilinear", align_corners=True)
     expected = F.cross_entropy(full, labels.long(), weight, ignore_index=255)
     assert upsample_cross_entropy(logits, labels, class_weight=weight).item() == pytest.approx(expected.item(), 1e-12)

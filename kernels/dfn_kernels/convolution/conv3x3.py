@@ -98,12 +98,13 @@ def conv3x3(x: Tensor, weight: Tensor) -> Tensor:
     """``conv2d(x, weight, padding=1)``, by the algorithm that is fastest for these shapes on this device.
 
     Args:
-        x: ``[B, I, H, W]``, float32, bfloat16, float16 or float64; channels_last, or converted to it.
+        x: ``[B, I, H, W]``, float32, bfloat16, float16 or float64, of any layout.
         weight: ``[O, I, 3, 3]``.
 
-    Returns ``[B, O, H, W]``, channels_last. Differentiable once, in both. Autocast casts both to the lower precision,
-    as for ``conv2d``. In float32 Winograd's algorithm rounds by some 2e-6 of the largest value, PyTorch's own by 2e-7
-    to 2e-6. Raises ValueError for other shapes, dtypes or devices.
+    Returns ``[B, O, H, W]``, channels_last by Winograd's algorithm, otherwise as ``conv2d`` lays it out. Differentiable
+    once, in both. Autocast casts both to the lower precision, as for ``conv2d``. In float32 Winograd's algorithm rounds
+    by some 2e-6 of the largest value, PyTorch's own by 2e-7 to 2e-6. Raises ValueError for other shapes, dtypes or
+    devices.
     """
     if weight.ndim != 4 or len(weight) == 0 or weight.shape[1:] != (x.shape[1] if x.ndim == 4 else -1, 3, 3):
         raise ValueError(
