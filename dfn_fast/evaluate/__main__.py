@@ -51,7 +51,11 @@ def parser() -> cli.Parser:
     data.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the synthetic scenes (default: 0)")
     data.add_argument("--limit", type=int, metavar="N", help="use only the first N images")
     add_inference_options(result)
-    result.add_argument("--deterministic", action="store_true", help="give the same bits each time, slower on a GPU")
+    result.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="give the same bits each time (on a CPU: with as many threads), slower on a GPU",
+    )
     metrics = result.add_argument_group("metrics")
     metrics.add_argument(
         "--no-boundary", action="store_true", help="leave out the boundary F-score, the slowest metric"

@@ -1,4 +1,7 @@
-"""Seeds, and the state of every random generator, from which a run continues bit for bit."""
+"""Seeds, and the state of every random generator, from which a run continues bit for bit.
+
+Equal bits need the same machine too: another number of threads adds up numbers in another order.
+"""
 
 import random
 from typing import Any

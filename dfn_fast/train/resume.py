@@ -13,7 +13,9 @@ from dfn_fast import cli
 from dfn_fast.config import TrainConfig
 from dfn_fast.data.base import SegmentationDataset
 from dfn_fast.errors import CheckpointError, ConfigError, DataError, brief, listed
+from dfn_fast.runtime.machine import device_name
 from dfn_fast.train.options import RESUMABLE
+from dfn_fast.trainer.trainer import Trainer
 
 BETWEEN = "\0"  # stands in no file name
 
@@ -73,6 +75,27 @@ def _changes(before: list[str], now: list[str]) -> str:
     gone, new = sorted(set(before) - set(now)), sorted(set(now) - set(before))
     parts = [f"{what} {listed(names)}" for what, names in (("without", gone), ("with the new", new)) if names]
     return f" ({'; '.join(parts) or 'in another order'})"
+
+
+def machine_record(trainer: Trainer) -> dict[str, Any]:
+    """What may change the last bits of a run's numbers, for a checkpoint: the device, threads of a CPU, processes."""
+    execution = trainer.execution()
+    return {
+        "device": device_name(trainer.device),
+        **{name: execution[name] for name in ("amp", "compile", "processes")},
+    }
+
+
+def tell_of_another_machine(content: dict[str, Any], checkpoint: Path, now: dict[str, Any]) -> None:
+    """Prints in what the machine differs from the one that wrote the checkpoint, if the checkpoint says."""
+    before = content.get("machine", now)
+    changed = [f"{name} {before.get(name)!r}, now {now[name]!r}" for name in now if before.get(name) != now[name]]
+    if changed:
+        print(
+            f"note: {checkpoint} was written with {'; '.join(changed)}: the numbers may differ from those of an "
+            "undisturbed run in their last bits",
+            file=sys.stderr,
+        )
 
 
 def require_finite(content: dict[str, Any], checkpoint: Path) -> None:

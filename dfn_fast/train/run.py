@@ -27,7 +27,13 @@ from dfn_fast.train.folder import RunFolder
 from dfn_fast.train.loss_watch import LossWatch
 from dfn_fast.train.position import NO_LABEL, Position
 from dfn_fast.train.report import TensorBoard, validate
-from dfn_fast.train.resume import data_record, require_finite, require_same_data
+from dfn_fast.train.resume import (
+    data_record,
+    machine_record,
+    require_finite,
+    require_same_data,
+    tell_of_another_machine,
+)
 from dfn_fast.trainer.build import build_model
 from dfn_fast.trainer.trainer import Trainer
 
@@ -250,6 +256,7 @@ class Run:
             "config": self.config.to_dict(),
             "position": dataclasses.asdict(self.position),
             "data": self.data_record,
+            "machine": machine_record(self.trainer),
         }
         if not self.world.is_first:
             return
@@ -280,6 +287,8 @@ class Run:
         try:
             require_same_data(content, path, self.train_set, self.val_set)
             require_finite(content, path)
+            if self.world.is_first:
+                tell_of_another_machine(content, path, machine_record(self.trainer))
             self.trainer.load_state(content)
             self.position = Position(**content["position"])
             kinds = {f.name: type(getattr(Position(), f.name)) for f in dataclasses.fields(Position)}

@@ -173,6 +173,20 @@ def test_an_iteration_that_has_passed_is_not_stopped_at(tiny, number, message):
     assert run.last.read_bytes() == before
 
 
+def test_another_number_of_threads_is_noted(tiny, capsys):
+    run = tiny("run", "--stop-after", "1")
+    tiny("run", "--resume", "--stop-after", "2")
+    assert "last bits" not in capsys.readouterr().err
+    content = read_file(run.last)
+    assert content["machine"]["device"] == f"cpu, {torch.get_num_threads()} threads"
+    content["machine"]["device"] = "cpu, 99 threads"
+    torch.save(content, run.last)
+    tiny("run", "--resume", "--stop-after", "3")
+    told = capsys.readouterr().err
+    assert f"was written with device 'cpu, 99 threads', now 'cpu, {torch.get_num_threads()} threads': the numb" in told
+    assert "processes" not in told
+
+
 @pytest.mark.parametrize("part", ["weight", "momentum", "beyond float32"])
 def test_a_checkpoint_that_is_not_finite_is_refused(tiny, part):
     run = tiny("run", "--stop-after", "2")
