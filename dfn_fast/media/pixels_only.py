@@ -4,6 +4,7 @@ A text of some megabytes, a colour profile or a block of a camera that is not as
 whose pixels are whole.
 """
 
+import bisect
 import io
 import re
 import struct
@@ -32,20 +33,13 @@ def pixels_only(file: BinaryIO, path: object) -> BinaryIO:
 
 
 class _Parts(io.RawIOBase):
-    """Parts of a file, one after another, as a file of its own."""
+    """Parts of a file, one after another, as a file of its own. They are looked for only as far as it is read."""
 
     def __init__(self, file: BinaryIO, parts: Iterator[tuple[int, int]]):
-        self._file = file
-        self._starts: list[tuple[int, int, int]] = []  # in this file, in the other one, bytes
+        self._file, self._more = file, parts
+        self._begins: list[int] = []  # of each part, in this file
+        self._parts: list[tuple[int, int]] = []  # its place in the other one, and its length
         self._size = self._at = 0
-        for start, length in parts:
-            if self._starts and sum(self._starts[-1][1:]) == start:
-                begin, before, held = self._starts.pop()
-                self._starts.append((begin, before, held + length))
-            else:
-                self._starts.append((self._size, start, length))
-            self._size += length
-        self._part = 0
 
     def readable(self) -> bool:
         return True
@@ -57,22 +51,34 @@ class _Parts(io.RawIOBase):
         return self._at
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        if whence == io.SEEK_END:
+            while self._find_more():
+                pass
         self._at = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence])
-        self._part = 0
         return self._at
 
     def readinto(self, buffer) -> int:  # type: ignore[no-untyped-def]
-        while self._part < len(self._starts):
-            begin, start, length = self._starts[self._part]
-            left = begin + length - self._at
-            if left > 0:
-                self._file.seek(start + self._at - begin)
-                data = self._file.read(min(left, len(buffer)))
-                buffer[: len(data)] = data
-                self._at += len(data)
-                return len(data)
-            self._part += 1
-        return 0
+        while self._at >= self._size:
+            if not self._find_more():
+                return 0
+        part = bisect.bisect(self._begins, self._at) - 1
+        start, length = self._parts[part]
+        skipped = self._at - self._begins[part]
+        self._file.seek(start + skipped)
+        data = self._file.read(min(length - skipped, len(buffer)))
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+    def _find_more(self) -> bool:
+        start, length = next(self._more, (0, 0))
+        if self._parts and sum(self._parts[-1]) == start:
+            self._parts[-1] = (self._parts[-1][0], self._parts[-1][1] + length)
+        elif length:
+            self._begins.append(self._size)
+            self._parts.append((start, length))
+        self._size += length
+        return length > 0
 
 
 def _png_parts(file: BinaryIO) -> Iterator[tuple[int, int]]:

@@ -3,6 +3,7 @@
 OpenCV decodes and encodes. Frames are ``[H, W, 3]`` RGB uint8, rotated as the file says.
 """
 
+import math
 import os
 import re
 import tempfile
@@ -19,6 +20,7 @@ ENCODER, SUFFIX = "mp4v", ".mp4"
 # Their headers hold the duration of the longest stream, sound included, but no number of frames.
 TIMED_SUFFIXES = (".mkv", ".webm")
 USUAL_RATE = 25.0
+MAX_FRAME_PIXELS = 1 << 27  # 15360 x 8640 is the largest in use
 
 
 def is_live(source: str) -> bool:
@@ -44,8 +46,16 @@ class VideoReader:
         self.source, self.live = source, is_live(source)
         if not self.live and not Path(source).is_file():
             raise DataError(f"{source}: this video does not exist")
+        _require_text(source, f"{source}: the name of this video")
         self._capture = open_capture(source)
-        self.decoded, self._milliseconds = 0, 0.0
+        width, height = (self._capture.get(side) for side in (cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT))
+        if width * height > MAX_FRAME_PIXELS:
+            self._capture.release()
+            raise DataError(
+                f"{source}: this video has frames of {width:.0f}x{height:.0f} pixels by its header, expected at most "
+                f"{MAX_FRAME_PIXELS}; is it damaged? If not, make it smaller"
+            )
+        self.decoded, self._milliseconds, self._reading = 0, 0.0, False
         self._first = self._decode()
         if self._first is None:
             self._capture.release()
@@ -69,12 +79,19 @@ class VideoReader:
             return 0
         missing = max(self.announced - self.decoded, 0)
         if Path(self.source).suffix.lower() in TIMED_SUFFIXES:
-            late = (self.announced - 1) / self._rate - self._milliseconds / 1000  # of the last frame, in seconds
+            rate = self._rate if 0 < self._rate < math.inf else self.frame_rate  # a header may hold 0 or nan
+            late = (self.announced - 1) / rate - self._milliseconds / 1000  # of the last frame, in seconds
             return missing if late > 1 else 0
         return missing
 
     def _decode(self) -> np.ndarray | None:
-        ok, frame = self._capture.read()
+        self._reading = True
+        try:
+            ok, frame = self._capture.read()
+        except cv2.error as error:
+            raise DataError(f"{self.source}: OpenCV cannot decode this video ({str(error).strip()})") from error
+        finally:
+            self._reading = False
         if not ok:
             return None
         self.decoded += 1
@@ -93,7 +110,16 @@ class VideoReader:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._capture.release()
+        if not self._reading:  # under a reader that hangs, it would end the process
+            self._capture.release()
+
+
+def _require_text(name: str, what: str, error: type[UserError] = DataError) -> None:
+    """Raises ``error`` for bytes that are no UTF-8: OpenCV would end the process."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise error(f"{what} is no valid text in UTF-8, which OpenCV expects; rename it") from None
 
 
 def open_capture(source: str) -> cv2.VideoCapture:
@@ -116,6 +142,7 @@ class VideoWriter:
     """
 
     def __init__(self, folder: Path, frame_rate: float, size: tuple[int, ...]):
+        _require_text(str(folder), f"{folder}: the name of this folder for a video", UserError)
         self.count = 0
         self._height, self._width = size[0] // 2 * 2, size[1] // 2 * 2
         handle, name = tempfile.mkstemp(dir=folder, prefix=".video.", suffix=f".tmp{SUFFIX}")

@@ -1,6 +1,7 @@
 """``python -m dfn_fast.predict``: images, folders, videos or cameras -> label maps, overlays and a legend."""
 
 import argparse
+import os
 from pathlib import Path
 
 from dfn_fast import cli
@@ -14,6 +15,7 @@ from dfn_fast.predict.prediction import CUDA_BATCH, Prediction
 from dfn_fast.runtime.device import choose_device
 
 FORMATS = ("plain", "voc", "cityscapes")
+FILE_SECONDS, MOST_FILE_SECONDS = 60, 24 * 3600
 SERVER_CLASSES = {"voc": 21, "cityscapes": 19}
 
 EPILOG = """\
@@ -71,6 +73,14 @@ def parser() -> cli.Parser:
         metavar="N",
         help=f"images of equal size that run at once (default: {CUDA_BATCH} on CUDA, 1 on a CPU)",
     )
+    add(
+        "--file-timeout",
+        type=float,
+        default=FILE_SECONDS,
+        metavar="S",
+        help="seconds in which an image or a frame of a video file has to be read, or it fails; 0: no limit "
+        f"(default: {FILE_SECONDS})",
+    )
     add_inference_options(result)
     return result
 
@@ -80,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
     _check_options(arguments)
     jobs = jobs_for(arguments)
     if arguments.skip_existing:
-        left = [job for job in jobs if not all(path.exists() for path in job.outputs)]
+        left = [job for job in jobs if not all(map(os.path.exists, job.outputs))]
         print(f"already done: {len(jobs) - len(left)} of {described(jobs)}")
         if not left:
             return 0
@@ -100,6 +110,8 @@ def _check_options(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--alpha {arguments.alpha:g}: expected 0..1")
     if arguments.border and arguments.format != "plain":
         raise ConfigError(f"--border: the server takes no borders; leave it out, or --format {arguments.format}")
+    if not 0 <= arguments.file_timeout <= MOST_FILE_SECONDS:
+        raise ConfigError(f"--file-timeout {arguments.file_timeout:g}: expected 0..{MOST_FILE_SECONDS} (seconds)")
     for name in ("batch_size", "limit"):
         value = getattr(arguments, name)
         if value is not None and value < 1:

@@ -1,6 +1,7 @@
 """The work list of `predict`: each input image or video, and the files it produces."""
 
 import argparse
+import errno
 import os
 import re
 import sys
@@ -9,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dfn_fast.errors import ConfigError, shortened
+from dfn_fast.errors import ConfigError, DataError, shortened
 from dfn_fast.media.formats import FORMATS, picture_format
 from dfn_fast.media.listing import find_images, read_lines
 from dfn_fast.media.video import VIDEO_SUFFIXES, is_live, is_video
@@ -79,7 +80,7 @@ def jobs_for(arguments: argparse.Namespace) -> list[Job]:
     _check_outputs(jobs, arguments.output_dir / "legend.png" if arguments.format == "plain" else None)
     if not arguments.skip_existing:
         for job in jobs:
-            if is_live(job.source) and any(path.exists() for path in job.outputs):
+            if is_live(job.source) and any(map(os.path.exists, job.outputs)):
                 raise ConfigError(
                     f"{job.source}: {job.outputs[0].parent} holds a recording of it, which cannot be made again; "
                     "choose another --output-dir"
@@ -102,18 +103,18 @@ def _find_sources(inputs: Iterable[str], output_dir: Path) -> list[tuple[str, st
     are skipped. Raises :class:`ConfigError` if an input does not exist or holds no image.
     """
     sources: list[tuple[str, str]] = []
-    output = output_dir.resolve()
+    output = real(output_dir)
     for text in inputs:
         path = Path(text)
         if is_live(text):
             found = [(text, live_name(text))]
-        elif path.is_dir():
-            if path.resolve() == output:
+        elif os.path.isdir(path):
+            if real(path) == output:
                 raise ConfigError(
                     f"--output-dir {output_dir} is an input folder; choose another, as results are images too"
                 )
             found = _images_below(path, output)
-        elif not path.is_file():
+        elif not os.path.isfile(path):
             raise ConfigError(f"{path}: no such image, video, folder or list")
         elif path.suffix.lower() == ".txt":
             found = listed_sources(path)
@@ -129,14 +130,19 @@ def _images_below(folder: Path, output: Path) -> list[tuple[str, str]]:
     """The sources of a folder, without the files in the folder ``output``. Says what is passed over."""
     found = find_images(folder, nested=True)
     named = [(image, name) for name, image in found.files.items()]
-    others = [path for path in found.passed_over if not path.resolve().is_relative_to(output)]
+    others = [path for path in found.passed_over if not real(path).is_relative_to(output)]
     unread = [path for path in others if picture_format(path) not in ("", *FORMATS)]
     # Under their whole names: the stem may be that of an image.
     named += [(path, path.relative_to(folder).as_posix()) for path in unread]
     note = found._replace(passed_over=[path for path in others if path not in unread]).note
     if note:
         print(f"{note} (a video in a folder has to be an INPUT of its own)", file=sys.stderr)
-    return [(str(image), name) for image, name in named if not image.resolve().is_relative_to(output)]
+    return [(str(image), name) for image, name in named if not real(image).is_relative_to(output)]
+
+
+def real(path: str | Path) -> Path:
+    """The path without links, also of a file that is not there or of links in a circle."""
+    return Path(os.path.realpath(path))
 
 
 def live_name(source: str) -> str:
@@ -201,11 +207,11 @@ def _video_job(source: str, name: str, arguments: argparse.Namespace) -> VideoJo
 def _check_outputs(jobs: Sequence[Job], legend_file: Path | None) -> None:
     """Raises :class:`ConfigError` if two results would have the same name, or if one would overwrite an INPUT."""
     remedy = "rename one, or give the folder above them as INPUT: its subfolders are kept"
-    owners = {} if legend_file is None else {legend_file.resolve(): "the legend"}
-    sources = {Path(job.source).resolve(): described([job]).split()[-1] for job in jobs if not is_live(job.source)}
+    owners = {} if legend_file is None else {real(legend_file): "the legend"}
+    sources = {real(job.source): described([job]).split()[-1] for job in jobs if not is_live(job.source)}
     for job in jobs:
         for path in job.outputs:
-            place = path.resolve()
+            place = real(path)
             if place in owners:
                 raise ConfigError(f"{job.source} and {owners[place]} would both give {path}; {remedy}")
             if place in sources:
@@ -214,6 +220,18 @@ def _check_outputs(jobs: Sequence[Job], legend_file: Path | None) -> None:
                     f"{sources[place]}; choose another --output-dir"
                 )
             owners[place] = job.source
+
+
+def require_names(job: Job) -> None:
+    """Raises :class:`DataError` if the file system takes no file of the name of one of the results."""
+    for path in job.outputs:
+        try:
+            os.lstat(path)
+        except OSError as error:
+            if error.errno in (errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL):
+                raise DataError(
+                    f"{job.source}: its result {shortened(path)} cannot be written ({error.strerror}); rename the input"
+                ) from None
 
 
 def require_writable(folder: Path) -> None:

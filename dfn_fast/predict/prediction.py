@@ -1,8 +1,10 @@
 """Runs images and videos through a Predictor, one after another."""
 
 import argparse
+import contextlib
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,13 +13,14 @@ from tqdm import tqdm
 from dfn_fast.cli import IMAGES_BAR
 from dfn_fast.data.datasets.cityscapes import TRAIN_ID_TO_LABEL_ID
 from dfn_fast.data.datasets.voc import VocDataset
-from dfn_fast.errors import DataError, UserError
+from dfn_fast.errors import DataError, UserError, listed
 from dfn_fast.inference.predictor import Predictor
 from dfn_fast.media.images import read_image, write_image, write_label
+from dfn_fast.media.opening import decoded_bytes, open_image
 from dfn_fast.media.overlays import overlay
-from dfn_fast.predict.jobs import ImageJob, Job, VideoJob, described
+from dfn_fast.predict.jobs import ImageJob, Job, VideoJob, described, require_names
 from dfn_fast.predict.pipeline import Pipeline
-from dfn_fast.predict.recording import Picture, Recording, picture_size
+from dfn_fast.predict.recording import Picture, Recording, in_time, picture_size
 
 CUDA_BATCH = 8
 READERS = 2
@@ -36,6 +39,7 @@ class Prediction:
         self.predictor, self.palette, self.arguments = predictor, palette, arguments
         self.batch_size = arguments.batch_size or (CUDA_BATCH if predictor.device.type == "cuda" else 1)
         self.failures: dict[Job, str] = {}
+        self.remarks: dict[str, list[str]] = defaultdict(list)  # on how images were read: those that it is true of
         self.frames = 0
 
     def run_all(self, jobs: list[Job]) -> int:
@@ -61,7 +65,7 @@ class Prediction:
 
         with tqdm(total=len(jobs), disable=None if jobs else True, **IMAGES_BAR) as bar:
             pipeline: Pipeline[ImageJob, Picture, Picture] = Pipeline(
-                lambda job: Picture(read_image(job.source)),
+                self.read,
                 self.run,
                 self.write,
                 report,
@@ -69,12 +73,32 @@ class Prediction:
                 readers=READERS,
                 writers=WRITERS,
                 size=picture_size,
+                weigh=self.weigh,
             )
             pipeline(jobs)
+
+    def weigh(self, job: ImageJob) -> int:
+        """The bytes that reading an image takes; 0 if it cannot be read, which is said when it is."""
+
+        def header() -> int:
+            with contextlib.suppress(DataError), open_image(job.source) as image:
+                return decoded_bytes(image)
+            return 0
+
+        return in_time(self.arguments, job.source, header)
+
+    def read(self, job: ImageJob) -> Picture:
+        require_names(job)
+        remarks: list[str] = []
+        image = in_time(self.arguments, job.source, lambda: read_image(job.source, remarks))
+        for remark in remarks:
+            self.remarks[remark].append(job.source)
+        return Picture(image)
 
     def run_video(self, job: VideoJob) -> None:
         recording = Recording(job, self.run, self.write, self.draw, self.arguments, self.batch_size)
         try:
+            require_names(job)
             recording()
         except UserError as error:
             self.fail(job, error)
@@ -123,6 +147,8 @@ class Prediction:
             parts.append(f"{self.frames} frames")
         if count:
             parts.append(f"{count / seconds:.2f} images/s")
+        for remark, sources in self.remarks.items():
+            print(f"images that {remark}: {len(sources)} ({listed(sorted(sources))})", file=sys.stderr)
         print(f"{', '.join([*parts, self.predictor.describe()])}: {self.arguments.output_dir}")
         if self.failures:
             texts = [self.failures[job] for job in jobs if job in self.failures]

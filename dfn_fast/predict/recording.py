@@ -3,9 +3,10 @@
 import argparse
 import contextlib
 import itertools
+import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -14,9 +15,12 @@ from dfn_fast.cli import IMAGES_BAR
 from dfn_fast.errors import DataError, UserError
 from dfn_fast.files import write_json
 from dfn_fast.media.images import read_label
-from dfn_fast.media.video import VideoReader, VideoWriter
+from dfn_fast.media.video import VideoReader, VideoWriter, is_live
 from dfn_fast.predict.jobs import ImageJob, VideoJob
 from dfn_fast.predict.pipeline import NoMoreImages, Pipeline
+from dfn_fast.runtime.time_limit import within
+
+Result = TypeVar("Result")
 
 
 class Picture(NamedTuple):
@@ -38,7 +42,7 @@ class Recording:
         run: fills in labels and border of pictures of equal size.
         write: writes labels and border of a picture to the files of an :class:`ImageJob`.
         draw: returns the frame of the overlay video, ``[H, W, 3]`` RGB uint8.
-        arguments: the command line: ``limit``, ``border``, ``skip_existing``.
+        arguments: the command line: ``limit``, ``border``, ``skip_existing``, ``file_timeout``.
 
     Raises :class:`UserError` if the job fails. If the video's end is missing, ``count`` frames are kept.
     """
@@ -52,6 +56,7 @@ class Recording:
         arguments: argparse.Namespace,
         batch_size: int,
     ):
+        self.arguments = arguments
         self.job, self.run, self.write, self.draw = job, run, write, draw
         self.limit, self.border, self.resume = arguments.limit, arguments.border, arguments.skip_existing
         self.batch_size = batch_size
@@ -63,7 +68,7 @@ class Recording:
         if self.job.summary is not None:
             self.job.summary.unlink(missing_ok=True)
         with contextlib.ExitStack() as stack:
-            video = stack.enter_context(VideoReader(self.job.source))
+            video = stack.enter_context(in_time(self.arguments, self.job.source, lambda: VideoReader(self.job.source)))
             overlay = None
             if self.job.overlay is not None:
                 overlay = stack.enter_context(VideoWriter(self.job.overlay.parent, video.frame_rate, video.size))
@@ -74,7 +79,7 @@ class Recording:
         """Records frame by frame. Ctrl-C ends a camera or stream normally; for a video it raises KeyboardInterrupt."""
 
         def read(number: int) -> Picture:
-            image = video.read()
+            image = in_time(self.arguments, self.job.source, video.read)
             if image is None:
                 raise NoMoreImages
             return self.earlier(number, image) or Picture(image)
@@ -91,11 +96,20 @@ class Recording:
                 raise error  # a video with a hole would be out of step with its source
             bar.update()
 
+        frame_bytes = 6 * math.prod(video.size)  # OpenCV's frame and ours
         total = min(filter(None, (self.limit, video.announced)), default=None)
         with tqdm(total=total, desc=Path(self.job.source).name, disable=None, **IMAGES_BAR) as bar:
             # One thread each: frames are decoded and encoded in order.
             pipeline: Pipeline[int, Picture, Picture] = Pipeline(
-                read, self.run, write, report, batch_size=self.batch_size, readers=1, writers=1, size=picture_size
+                read,
+                self.run,
+                write,
+                report,
+                batch_size=self.batch_size,
+                readers=1,
+                writers=1,
+                size=picture_size,
+                weigh=lambda number: frame_bytes,
             )
             try:
                 pipeline(itertools.count() if self.limit is None else range(self.limit))
@@ -130,6 +144,19 @@ class Recording:
         if self.job.summary is not None:
             summary = {"frames": self.count, "frame_rate": video.frame_rate}
             write_json(self.job.summary, summary)
+
+
+def in_time(arguments: argparse.Namespace, source: str, call: Callable[[], Result]) -> Result:
+    """What ``call()`` returns, if it reads a file within its time; a camera or stream may take any."""
+    seconds = 0 if is_live(source) else arguments.file_timeout
+    return within(
+        seconds,
+        call,
+        DataError(
+            f"{source}: it was not read within {seconds:g} s, and is left out; is it damaged, or made to take long? If "
+            "not, raise --file-timeout"
+        ),
+    )
 
 
 def picture_size(picture: Picture) -> tuple[int, ...]:

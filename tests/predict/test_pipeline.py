@@ -261,3 +261,49 @@ def test_a_full_disk_ends_the_run_and_nothing_more_is_written():
     with pytest.raises(OSError, match="No space left"):
         pipeline(count())
     assert tried in ([0], [0, 1])
+
+
+@pytest.mark.parametrize("slow", ["read", "run", "write"])
+def test_bytes_in_memory_are_bounded(slow):
+    stages, weights = Stages(), {job: 10 * (job % 7) for job in range(60)} | {30: 500}
+    held, most = set(), []
+
+    def read(job):
+        with stages.lock:
+            held.add(job)
+            most.append((sum(weights[other] for other in held), len(held)))
+        return stages.read(job)
+
+    def write(job, result):
+        stages.write(job, result)
+        with stages.lock:
+            held.discard(job)
+
+    pipeline = stages.pipeline(batch_size=4, writers=2, weigh=weights.__getitem__, most_bytes=100)
+    pipeline.read, pipeline.write = read, write
+    plain, pause = getattr(pipeline, slow), threading.Event()
+    setattr(pipeline, slow, lambda *arguments: (pause.wait(0.001), plain(*arguments))[1])
+    pipeline(range(60))
+    assert sorted(stages.written) == list(range(60))
+    assert [held for held in most if held[0] > 100] == [(500, 1)]  # alone
+    assert max(together for _, together in most) > 1
+
+
+def test_a_job_that_cannot_be_weighed_fails_alone_and_a_video_may_end_where_there_is_no_room():
+    stages = Stages()
+
+    def weigh(job):
+        if job == 1:
+            raise UserError("heavy")
+        return 60
+
+    def read(job):
+        if job == 4:
+            raise NoMoreImages
+        return stages.read(job)
+
+    pipeline = stages.pipeline(batch_size=2, writers=1, weigh=weigh, most_bytes=100)
+    pipeline.read = read
+    pipeline(count())
+    assert stages.written == [0, 2, 3]
+    assert sorted(stages.reports) == [(0, None), (1, "heavy"), (2, None), (3, None)]
