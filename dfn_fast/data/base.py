@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dfn_fast.data.orientation import orientation_of, require_same_way_up
 from dfn_fast.data.palettes import Palettes
 from dfn_fast.errors import DataError
 from dfn_fast.media.images import IGNORE as IGNORE
@@ -73,10 +74,21 @@ class SegmentationDataset:
         pair = self.pairs[index]
         return self.class_ids(read_label(pair.label), pair.label)
 
+    def label_orientation(self, index: int) -> int:
+        """The EXIF orientation of a label's file, which :meth:`label` has undone: 1 for upright."""
+        return orientation_of(self.pairs[index].label)
+
     def __getitem__(self, index: int) -> Sample:
+        return self.read(index, [])
+
+    def read(self, index: int, remarks: list[str]) -> Sample:
+        """A sample from its files. ``remarks`` gets a few words on whatever in the image is not read as it is."""
         pair = self.pairs[index]
-        image = read_image(pair.image)
+        image = read_image(pair.image, remarks)
         label = self.label(index)
+        turned = self.label_orientation(index)
+        if remarks or turned > 1:
+            require_same_way_up(image, label, (orientation_of(pair.image), turned), (pair.image, pair.label))
         self.check_sample(image, label, pair)
         return Sample(image, label, pair.name)
 

@@ -7,7 +7,7 @@ and images that are both in a training split and in a validation split. Warnings
 import hashlib
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -40,6 +40,7 @@ class Observation(NamedTuple):
     mode: str  # Pillow's name for the image file's channels, "" if there is no such file
     digest: bytes | None  # of the image file's bytes
     problems: list[str]
+    remarks: Sequence[str] = ()  # on how the image is read
 
 
 @dataclass
@@ -156,12 +157,12 @@ def check(
 def _check_split(dataset: SegmentationDataset, samples: Iterator[Observation], published: int | None) -> SplitReport:
     """The findings on the ``samples`` of ``dataset``; ``published`` is how many the published split has."""
     report = SplitReport(dataset.split, dataset.names())
-    modes: Counter[str] = Counter()
+    ways: Counter[str] = Counter()  # in which images are read
     labels = only_ignored = 0
     progress = tqdm(samples, dataset.split, len(dataset), unit="image")
     for seen, name in zip(progress, report.names, strict=True):
         report.problems += seen.problems
-        modes[seen.mode] += 1
+        ways.update([*seen.remarks, *(what for what, modes in _MODES.items() if seen.mode in modes)])
         if seen.size is not None:
             report.sizes[seen.size] += 1
         if seen.pixels is not None:
@@ -176,7 +177,7 @@ def _check_split(dataset: SegmentationDataset, samples: Iterator[Observation], p
         report.warnings += survey.warnings
     except DataError as error:
         (report.warnings if _held_out(dataset.split) else report.problems).append(str(error))
-    report.notes += _notes(report, modes, only_ignored, published)
+    report.notes += _notes(report, ways, only_ignored, published)
     return report
 
 
@@ -184,8 +185,9 @@ def _observation(dataset: SegmentationDataset, index: int) -> Observation:
     """Reads one sample and continues after an error, because an image and its label may both be wrong."""
     pair = dataset.pairs[index] if dataset.pairs else None
     mode, digest = _image_file(pair.image) if pair else ("", None)
+    remarks: list[str] = []
     try:
-        sample = dataset[index]
+        sample = dataset.read(index, remarks) if pair else dataset[index]
     except DataError as error:
         problems, pixels = [str(error)], None
         if pair:
@@ -197,7 +199,7 @@ def _observation(dataset: SegmentationDataset, index: int) -> Observation:
     if digest is None:
         digest = hashlib.blake2b(sample.image.tobytes(), digest_size=16).digest()
     height, width = sample.label.shape
-    return Observation((width, height), _histogram(sample.label), mode, digest, [])
+    return Observation((width, height), _histogram(sample.label), mode, digest, [], remarks)
 
 
 def _overlaps(reports: list[SplitReport]) -> tuple[list[str], list[str]]:
@@ -271,14 +273,11 @@ def _histogram(labels: np.ndarray) -> np.ndarray:
     return np.bincount(labels.ravel(), minlength=256)
 
 
-def _notes(report: SplitReport, modes: Counter[str], only_ignored: int, published: int | None) -> list[str]:
+def _notes(report: SplitReport, ways: Counter[str], only_ignored: int, published: int | None) -> list[str]:
     notes = []
     if published not in (None, len(report.names)):
         notes.append(f"{len(report.names)} images, but the published split has {published}")
-    for what, group in _MODES.items():
-        count = sum(modes[mode] for mode in group)
-        if count:
-            notes.append(f"{count} images {what}")
+    notes += [f"{ways[what]} images {what}" for what in sorted(ways)]
     if only_ignored:
         notes.append(f"{only_ignored} labels are {IGNORE} everywhere")
     twice = [names for names in report.digests.values() if len(names) > 1]

@@ -73,6 +73,9 @@ class CocoDataset(SegmentationDataset):
             self.check_size(file.size if swapped else file.size[::-1], tuple(image["size"]), pair)
         return _draw_label(image, pair.label)
 
+    def label_orientation(self, index: int) -> int:
+        return 1  # it is drawn
+
 
 def _draw_label(image: dict[str, Any], path: Path) -> np.ndarray:
     """The label ``[H, W]`` of an image ``{"file": name, "size": (H, W), "instances": [...]}``.
