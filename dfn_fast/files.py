@@ -8,10 +8,13 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
+import socket
 import stat
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -20,6 +23,8 @@ from dfn_fast.errors import UserError
 
 MAX_TEXT = 1 << 28  # bytes of a list, a table of classes or a configuration
 _SHOWN = 32  # characters of a file's name in that of its temporary file, which may be no longer than others
+_TEMPORARY = re.compile(r"\..*\.(.+)-(\d+)\.[a-z0-9_]{8}\.tmp(\.\w+)?", re.DOTALL)
+_LONG_AGO = 24 * 3600  # seconds
 _MOST_LINKS = 40  # that are followed, as in Linux
 _KINDS = ((stat.S_ISFIFO, "pipe"), (stat.S_ISSOCK, "socket"), (stat.S_ISDIR, "folder"))
 
@@ -44,7 +49,7 @@ def replacing(path: str | Path, previous: str | Path | None = None) -> Iterator[
                 _write_through(target or Path(path), file)
             return
         mode = _mode(target)
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:_SHOWN]}.", suffix=".tmp")
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=temporary_prefix(target.name), suffix=".tmp")
         try:
             with os.fdopen(handle, "wb") as file:
                 yield file
@@ -124,6 +129,36 @@ def _mode(path: Path) -> int:
     if not os.access(path, os.W_OK):
         raise PermissionError(errno.EACCES, "it is write-protected", str(path))
     return mode
+
+
+def temporary_prefix(name: str) -> str:
+    """How the name of a temporary file for ``name`` begins: with that name, and the process that it belongs to."""
+    return f".{name[:_SHOWN]}.{socket.gethostname()[:_SHOWN]}-{os.getpid()}."
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Deletes the temporary files in ``folder`` of processes that were killed: on this machine, or a day ago."""
+    with contextlib.suppress(OSError):  # no such folder
+        for name in os.listdir(folder):
+            match = _TEMPORARY.fullmatch(name)
+            if match is None:
+                continue
+            path, here = folder / name, match[1] == socket.gethostname()[:_SHOWN]
+            with contextlib.suppress(OSError):
+                if not _runs(int(match[2])) if here else time.time() - path.stat().st_mtime > _LONG_AGO:
+                    path.unlink()
+
+
+def _runs(process: int) -> bool:
+    if os.name != "posix":
+        return True  # where this is not known; and there a signal 0 is a signal
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # another user's
+        pass
+    return True
 
 
 def write_text(path: str | Path, text: str) -> None:

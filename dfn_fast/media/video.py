@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 
 from dfn_fast.errors import DataError, UserError
+from dfn_fast.files import temporary_prefix
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v")
 ENCODER, SUFFIX = "mp4v", ".mp4"
@@ -145,7 +146,7 @@ class VideoWriter:
         _require_text(str(folder), f"{folder}: the name of this folder for a video", UserError)
         self.count = 0
         self._height, self._width = size[0] // 2 * 2, size[1] // 2 * 2
-        handle, name = tempfile.mkstemp(dir=folder, prefix=".video.", suffix=f".tmp{SUFFIX}")
+        handle, name = tempfile.mkstemp(dir=folder, prefix=temporary_prefix("video"), suffix=f".tmp{SUFFIX}")
         os.close(handle)
         os.unlink(name)  # OpenCV creates it again, with the usual permissions
         self._path = Path(name)

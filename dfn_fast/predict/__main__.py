@@ -6,6 +6,7 @@ from pathlib import Path
 
 from dfn_fast import cli
 from dfn_fast.errors import ConfigError
+from dfn_fast.files import clear_leftovers
 from dfn_fast.inference.loading import LoadedModel, load_model
 from dfn_fast.inference.options import add_inference_options, predictor_from
 from dfn_fast.media.images import write_image
@@ -89,6 +90,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     _check_options(arguments)
     jobs = jobs_for(arguments)
+    for folder in {path.parent for job in jobs for path in job.outputs} | {arguments.output_dir}:
+        clear_leftovers(folder)
     if arguments.skip_existing:
         left = [job for job in jobs if not all(map(os.path.exists, job.outputs))]
         print(f"already done: {len(jobs) - len(left)} of {described(jobs)}")

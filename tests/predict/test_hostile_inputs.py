@@ -1,6 +1,8 @@
 """Inputs that take long, have odd names or odd metadata: each fails or is told alone, and the others go on."""
 
 import os
+import socket
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 from PIL import Image
 
 from dfn_fast.errors import ConfigError, DataError, UserError
+from dfn_fast.files import clear_leftovers, replacing
 from dfn_fast.media import video
 from dfn_fast.media.images import read_image, read_label, write_image
 from dfn_fast.media.video import VideoReader, VideoWriter
@@ -127,6 +130,34 @@ def test_a_name_that_is_too_long_fails_alone_and_before_its_work(checkpoint, cap
         assert errors.count("cannot be written (File name too long); rename the input") == 4  # at once, and at the end
     with pytest.raises(ConfigError, match="no such image"):
         run(checkpoint, "a" * 300 + ".png", "--output-dir", "out")
+
+
+@posix
+def test_what_a_killed_run_left_is_cleared_and_nothing_else(checkpoint, monkeypatch):
+    for name in ("a.png", "in/night/b.png"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        write_image(name, picture(0))
+    Path("out/night").mkdir(parents=True)
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    for process, folder in ((dead.pid, "out/night"), (dead.pid, "out"), (os.getpid(), "out")):
+        with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+            patch.setattr(os, "getpid", lambda process=process: process)
+            patch.setattr(os, "unlink", lambda path: None)  # as if killed before
+            with replacing(f"{folder}/{'ä' * 100}"):
+                raise ZeroDivisionError
+        Path(folder, f".video.{socket.gethostname()[:32]}-{process}.a1_defgh.tmp.mp4").write_text("half")
+    old = "out/.a.png.far-away-1.abcdefgh.tmp"
+    others = [".a.png.far-1.abcdefgh.tmp", ".mine.tmp", "a.abcdefgh.tmp"]
+    for name in (old, *(f"out/{name}" for name in others)):
+        Path(name).write_text("")
+    os.utime(old, (0, 0))
+    assert len(files("out")) == 10
+    kept = {name for name in files("out") if f"-{os.getpid()}." in name or name in others}
+    assert len(kept) == 5
+    assert run(checkpoint, "a.png", "in", "--output-dir", "out", "--no-overlay") == 0
+    assert set(files("out")) == {*kept, "a.png", "night/b.png", "legend.png"}
+    clear_leftovers(Path("nowhere"))
 
 
 def test_how_images_were_read_is_told(checkpoint, capsys):
