@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,6 +12,8 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # set before torch is imported: `
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
 import torch
+
+from support.skips import fail_if_more_than_known, known_skips, tier_of
 
 # Set before any kernel module is imported: Triton decides at decoration whether to interpret.
 if not torch.cuda.is_available():
@@ -25,6 +28,11 @@ ALL_CASES = pytest.StashKey[dict[str, bool]]()
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Records every case before -m and -k deselect some."""
     config.stash[ALL_CASES] = {item.nodeid: item.get_closest_marker("gpu") is not None for item in items}
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if "DFN_COUNT_SKIPS" in os.environ:
+        fail_if_more_than_known(terminalreporter, known_skips(tier_of(config.option.markexpr)))
 
 
 @pytest.fixture(scope="session")
