@@ -1,11 +1,12 @@
 """The colours of palette labels: a sign of the order in which a program numbered the classes."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
 from dfn_fast.errors import DataError
-from dfn_fast.media.images import IGNORE, open_image
+from dfn_fast.media.images import IGNORE, open_image, read_label
 
 Colour = tuple[int, int, int]
 
@@ -17,11 +18,23 @@ class Palettes:
     colours by how often they occur, so that one id means another class in each file.
     """
 
-    def __init__(self, colours: dict[int, Colour], source: str | Path):
+    def __init__(self, colours: dict[int, Colour], source: str | Path, samples: Iterable[Path] = ()):
+        """``samples`` are labels of other splits, which must agree too. They are read with the first label."""
         self._known: dict[int, tuple[Colour, str | Path]] = {i: (colour, source) for i, colour in colours.items()}
+        self._samples = list(samples)
 
     def compare(self, ids: np.ndarray, path: Path) -> None:
         """Raises :class:`DataError` if an id in the label file ``path`` has another colour there than is known."""
+        samples, self._samples = self._samples, []
+        for sample in samples:
+            try:
+                ids_of_sample = read_label(sample)
+            except DataError:  # whoever reads its split says so
+                continue
+            self._compare(ids_of_sample, sample)
+        self._compare(ids, path)
+
+    def _compare(self, ids: np.ndarray, path: Path) -> None:
         palette = _palette(path)
         used = np.flatnonzero(np.bincount(ids.ravel(), minlength=256))
         self._add({i: (palette[i], path) for i in used.tolist() if i < len(palette) and i != IGNORE})

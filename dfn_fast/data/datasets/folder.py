@@ -16,16 +16,13 @@ classes.txt.
 
 from pathlib import Path
 
-from dfn_fast.data.base import FILE_SECONDS, SegmentationDataset
+from dfn_fast.data.base import SegmentationDataset
 from dfn_fast.data.datasets.classes import class_table
 from dfn_fast.data.datasets.classes import read_classes as read_classes
 from dfn_fast.data.datasets.layout import find_part
 from dfn_fast.data.datasets.layout import held_out as held_out
 from dfn_fast.data.datasets.pairing import pair_by_stem
 from dfn_fast.data.palettes import Palettes
-from dfn_fast.errors import DataError
-from dfn_fast.media.images import read_label
-from dfn_fast.runtime.time_limit import within
 
 
 class FolderDataset(SegmentationDataset):
@@ -41,17 +38,7 @@ class FolderDataset(SegmentationDataset):
         pairs = pair_by_stem(part.images, part.masks, part.home)
         pairs = [pair for pair in pairs if pair.name in part.stems]
         table = class_table([root, *part.homes], num_classes, classes)
-        self.classes, self.palette, self.palettes = table.names, table.palette, Palettes(table.colours, table.source)
+        self.classes, self.palette = table.names, table.palette
+        self.palettes = Palettes(table.colours, table.source, part.samples)
         notes = [*part.notes, part.images.note, part.masks.note]
         super().__init__(pairs, split, part.home, filter(None, notes))
-        for sample in part.samples:
-            self._compare_palette(sample)
-
-    def _compare_palette(self, path: Path) -> None:
-        """Holds the palette of one label of each split against the others, whatever split this is."""
-        slow = DataError(f"{path}: this label was not read within {FILE_SECONDS} s; is it damaged?")
-        try:
-            raw = within(FILE_SECONDS, lambda: read_label(path), slow)
-        except DataError:
-            return  # whoever reads its split says so
-        self.class_ids(raw, path)
