@@ -14,7 +14,7 @@ from dfn_fast.data.base import FILE_SECONDS, IGNORE
 from dfn_fast.data.check import Report, check
 from dfn_fast.data.datasets.sbd import convert_sbd
 from dfn_fast.data.registry import DATASETS
-from dfn_fast.errors import ConfigError
+from dfn_fast.errors import ConfigError, printable
 from dfn_fast.files import write_json
 
 PROG = "python -m dfn_fast.data"
@@ -84,7 +84,7 @@ def _check_command(arguments: list[str]) -> int:
         workers=chosen.workers,
         file_timeout=chosen.file_timeout,
     )
-    print(_render(report))
+    print(printable(_render(report)))
     if chosen.json:
         try:
             write_json(chosen.json, report.as_json())

@@ -170,6 +170,15 @@ def test_how_a_data_set_was_read_is_noted_once(folder, capsys):
     assert f"  The split is that of the folders in {folder}/images: 4 train, 2 val\n" in out
 
 
+def test_names_are_printed_without_their_control_characters(folder, write, capsys):
+    for name in ("x\x1b[2J", "y\x1b[2J"):
+        write(f"train/images/{name}.png", noise(6, 8, 3))
+        write(f"train/masks/{name}.png", np.zeros((6, 8), np.uint8))
+    _, out = run("check", "folder", "--root", folder, capsys=capsys)
+    assert "\x1b" not in out
+    assert r"x\x1b[2J = y\x1b[2J" in out
+
+
 def test_a_file_has_a_time_limit(folder, capsys, monkeypatch):
     read = check_module._observation
 

@@ -31,8 +31,8 @@ def note(root, split="train"):
 
 
 class TestFoldersOfSplits:
-    @pytest.mark.parametrize("val", ["val", "valid", "validation", "Val"])
-    @pytest.mark.parametrize("train", ["train", "Training"])
+    @pytest.mark.parametrize("val", ["val", "valid", "validation", "Val", "val2017", "validation_set"])
+    @pytest.mark.parametrize("train", ["train", "Training", "train-images"])
     def test_below_images_and_masks(self, tmp_path, pairs, train, val):
         pairs(*(f"{train}/{i}" for i in range(7)), *(f"{val}/{i}" for i in range(3)), f"{val}/night/3")
         assert names(tmp_path, "train") == [f"{train}/{i}" for i in range(7)]
@@ -45,7 +45,7 @@ class TestFoldersOfSplits:
         assert names(tmp_path, "train") == ["cam1/train/a", "cam2/train/a"]
         assert names(tmp_path, "val") == ["cam1/val/a"]
 
-    @pytest.mark.parametrize("val", ["val", "valid", "Validation"])
+    @pytest.mark.parametrize("val", ["val", "valid", "Validation", "val_2"])
     def test_above_images_and_masks(self, tmp_path, pairs, val):
         pairs("a", "b", home="train/")
         pairs("c", home=f"{val}/")
@@ -100,7 +100,17 @@ class TestContradictions:
         for home in ("train/", "val/", "valid/"):
             pairs("a", home=home)
         with pytest.raises(DataError, match=f"{tmp_path}/val and {tmp_path}/valid are the same split"):
-            names(tmp_path, "train")
+            names(tmp_path, "val")
+        assert names(tmp_path, "valid") == names(tmp_path, "train") == ["a"]
+
+    @pytest.mark.parametrize("name", ["trains", "value", "contest", "my train", "fold1"])
+    def test_other_names_are_no_splits(self, tmp_path, pairs, name):
+        pairs(f"{name}/a", "b", "c")
+        assert "whole folders, chosen by a hash" in note(tmp_path)
+        pairs("d", home=f"root/{name}/")
+        assert names(tmp_path / "root", name) == ["d"]
+        with pytest.raises(ConfigError, match=f"has no split 'train'; it has {name}"):
+            names(tmp_path / "root", "train")
 
     def test_a_third_folder_is_passed_over_and_told(self, tmp_path, pairs):
         pairs(*"abcd")

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
@@ -13,12 +14,9 @@ from dfn_fast.errors import ConfigError, DataError, listed, nearest, shortened
 from dfn_fast.media.listing import Found, composed, find_images
 
 VAL_SHARE = 5
-_NAMES = {  # of folders and lists, in any case
-    "train": ("train", "training"),
-    "val": ("val", "valid", "validation"),
-    "test": ("test", "testing"),
-}
-_SPLIT_OF = {name: split for split, names in _NAMES.items() for name in names}
+_SPLITS = ("train", "val", "test")
+# Names of folders and lists, in any case: train, training, train2017, train_set, ...
+_NAME = re.compile(r"(train|val|test)(?:ing|id|idation)?(?:[-_ ]?(?:set|data|split|images|\d+))?")
 
 
 class Part(NamedTuple):
@@ -58,7 +56,8 @@ def find_part(root: Path, split: str) -> Part:
 
 def split_name(name: str) -> str:
     """``train``, ``val`` or ``test`` for each of its names, and other names unchanged."""
-    return _SPLIT_OF.get(name.casefold(), name)
+    match = _NAME.fullmatch(name.casefold())
+    return match[1] if match else name
 
 
 def held_out(stems: Iterable[str]) -> set[str]:
@@ -78,12 +77,13 @@ def held_out_folders(sizes: Mapping[str, int]) -> set[str]:
 
 def _from_split_folder(root: Path, folders: list[Path], split: str) -> Part:
     """``SPLIT/images`` and ``SPLIT/masks``."""
-    by_split: dict[str, Path] = {}
-    for folder in folders:
-        twin = by_split.setdefault(split_name(folder.name), folder)
-        if twin != folder:
-            raise DataError(f"{twin} and {folder} are the same split by their names; keep one of the two")
-    home = by_split[_known(root, split, by_split)]
+    exact = [folder for folder in folders if folder.name == split != split_name(split)]
+    found = exact or [folder for folder in folders if split_name(folder.name) == split_name(split)]
+    if len(found) > 1:
+        raise DataError(f"{' and '.join(map(str, found))} are the same split by their names; keep one of them")
+    if not found:
+        raise _no_split(root, split, [folder.name for folder in folders])
+    home = found[0]
     images, masks = _files(home)
     notes = [f"Split {split} is folder {home.name}: {len(images.files)} images"] if home.name != split else []
     others = [find_images(folder / "masks", nested=True).files for folder in folders]
@@ -107,12 +107,14 @@ def _from_one_folder(root: Path, lists: dict[str, Path], split: str) -> Part:
     else:
         chosen, rule = _by_hash(stems)
         how = f"There is no split in {folder}, so {rule} (to choose, make images/train and images/val)"
-    mine = chosen[_known(folder, split, chosen)]
+    if split_name(split) not in chosen:
+        raise _no_split(folder, split, chosen)
+    mine = chosen[split_name(split)]
     if lists:
         scope = mine
     else:  # files without a partner are told too, unless they belong to another split
         scope = {stem for stem in stems | set(masks.files) if _splits_in(stem) <= {split_name(split)}}
-    counts = ", ".join(f"{len(chosen[name])} {name}" for name in _NAMES if name in chosen)
+    counts = ", ".join(f"{len(chosen[name])} {name}" for name in _SPLITS if name in chosen)
     samples = [_only(masks, stems).files for stems in chosen.values()]
     return Part(
         _only(images, scope),
@@ -140,12 +142,9 @@ def _files(home: Path) -> tuple[Found, Found]:
     return images, find_images(require_folder(home / "masks", "the folder of the masks", remedy), nested=True)
 
 
-def _known(where: Path, split: str, splits: Iterable[str]) -> str:
-    """The name of ``split`` among ``splits``; raises :class:`ConfigError` if it is none of them."""
+def _no_split(where: Path, split: str, splits: Iterable[str]) -> ConfigError:
     known = sorted(splits)
-    if split_name(split) in known:
-        return split_name(split)
-    raise ConfigError(
+    return ConfigError(
         f"{where} has no split {split!r}; it has {', '.join(known)}{nearest(split, known)}; to let it be chosen, "
         "keep all images in images/ without such folders"
     )
@@ -153,7 +152,7 @@ def _known(where: Path, split: str, splits: Iterable[str]) -> str:
 
 def _splits_in(stem: str) -> set[str]:
     """The splits that the folders of ``stem`` are named after."""
-    return {split_name(part) for part in PurePosixPath(stem).parent.parts} & _NAMES.keys()
+    return {split_name(part) for part in PurePosixPath(stem).parent.parts} & set(_SPLITS)
 
 
 def _by_folder(folder: Path, stems: set[str]) -> dict[str, set[str]]:
@@ -192,7 +191,7 @@ def _lists(root: Path) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for file in sorted(root.glob("*.txt")):
         split = split_name(file.stem)
-        if split in _NAMES and file.is_file():
+        if split in _SPLITS and file.is_file():
             if split in found:
                 raise DataError(f"{found[split]} and {file} are the same split by their names; keep one of the two")
             found[split] = file
