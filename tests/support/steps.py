@@ -34,3 +34,9 @@ def tiny_batch(size=(64, 64), seed=1) -> Batch:
     borders = torch.randint(0, 2, (COUNT, *size), generator=generator, dtype=torch.uint8)
     borders[labels == 255] = 255
     return Batch(images, labels, borders, [f"image {i}" for i in range(COUNT)])
+
+
+def with_scaler(trainer: Trainer) -> Trainer:
+    """Adds fp16's loss scaler in float32: its behaviour depends only on the gradients."""
+    trainer.scaler = torch.amp.GradScaler(trainer.device.type, init_scale=2.0**16)
+    return trainer

@@ -29,7 +29,20 @@ def test_recipes_have_the_published_numbers():
     assert (paper.batch_size, paper.crop, paper.scales) == (32, (512, 512), (0.5, 0.75, 1, 1.5, 1.75))
     assert (paper.border_weight, paper.focal_alpha, paper.focal_gamma) == (0.1, 0.25, 2)
     assert (torchseg.lr, torchseg.new_layer_lr, torchseg.focal) == (8e-4, 10, "torchseg")
-    assert recipe("cityscapes").crop == (800, 800)
+
+
+CONSTANTS = {
+    "synthetic": {"crop": (96, 96), "border_width": 3, "batch_size": 16, "epochs": 11, "backbone": "resnet18"},
+    "camvid": {"crop": (352, 480), "border_width": 5, "batch_size": 8, "epochs": 200, "pretrained": None},
+    "voc": {"crop": (512, 512), "border_width": 11, "batch_size": 32, "epochs": 80, "train_split": "train_aug"},
+    "cityscapes": {"crop": (800, 800), "border_width": 7, "batch_size": 32, "epochs": 240, "pretrained": "resnet101s"},
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_constants_of_a_recipe(name):
+    assert {field: getattr(recipe(name), field) for field in CONSTANTS[name]} == CONSTANTS[name]
+    assert recipe(name).val_split == "val"
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """A run continues only with the configuration, the data and the finite numbers of the run before it."""
 
+import argparse
 import dataclasses
 import json
 
@@ -9,9 +10,11 @@ import torch
 from dfn_fast.checkpoint.archive import read_file
 from dfn_fast.config import TrainConfig, recipe
 from dfn_fast.errors import CheckpointError, ConfigError, DataError
-from dfn_fast.train.options import RESUMABLE
+from dfn_fast.train.folder import RunFolder
+from dfn_fast.train.options import RESUMABLE, resumed_config
 from dfn_fast.train.resume import require_finite, require_same_config
 from support.networks import narrow_resnet
+from support.runs import differences, timeless_metrics
 
 # A value for each field that is neither the default of `camvid` nor refused beside the others.
 OTHER = {
@@ -69,6 +72,15 @@ def test_every_field_that_decides_the_result_is_compared_with_the_checkpoint(nam
         require_same_config(changed, content, tmp_path / "last.pth", tmp_path / "config.json")
     for config in (saved, changed):
         assert repr(getattr(config, name)) in str(error.value)
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_every_option_that_decides_the_result_is_refused(name):
+    saved = recipe("camvid")
+    given = argparse.Namespace(**{"recipe": None, name: OTHER[name]})
+    with pytest.raises(ConfigError, match=r"is of recipe 'camvid', not 'voc'|differs from the run that --resume cont"):
+        resumed_config(saved, given)
+    assert resumed_config(saved, argparse.Namespace(**{"recipe": None, name: getattr(saved, name)})) == saved
 
 
 def test_a_changed_configuration_is_not_continued(tiny):
@@ -171,6 +183,16 @@ def test_an_iteration_that_has_passed_is_not_stopped_at(tiny, number, message):
     with pytest.raises(ConfigError, match=message):
         tiny("run", "--resume", "--stop-after", number)
     assert run.last.read_bytes() == before
+
+
+def test_a_run_that_accumulates_continues_within_an_epoch(tiny):
+    words = ("--batch-size", "2", "--accumulate", "2")  # two steps of two passes in each epoch
+    straight = tiny("straight", *words)
+    tiny("halves", *words, "--stop-after", "3")
+    assert read_file(RunFolder(straight.path.with_name("halves")).last)["position"]["step"] == 1
+    halves = tiny("halves", "--resume")
+    assert differences(read_file(straight.last), read_file(halves.last)) == []
+    assert timeless_metrics(straight) == timeless_metrics(halves)
 
 
 def test_another_number_of_threads_is_noted(tiny, capsys):

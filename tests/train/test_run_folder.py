@@ -124,6 +124,27 @@ def test_metrics_that_became_a_pipe_are_an_error(tmp_path):
             use()
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX")
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o000])
+def test_the_files_of_a_run_have_the_permissions_that_the_user_gives_new_files(tmp_path, umask):
+    folder, before = RunFolder(tmp_path / "run"), os.umask(umask)
+    try:
+        with folder.alone():
+            folder.start(recipe("camvid"))
+            for _ in range(2):
+                folder.save_last({"a": 1})
+            folder.log({"kind": "train", "epoch": 1, "iteration": 1})
+            folder.forget_after(1, 0)
+            folder.write_summary({})
+            plot_curves([], folder.curves)
+            assert os.umask(umask) == umask  # reading it must not change it
+            files = {path.name: path.stat().st_mode & 0o777 for path in folder.path.iterdir()}
+    finally:
+        os.umask(before)
+    names = ["config.json", "curves.png", "last.pth", "metrics.jsonl", "previous.pth", "run.lock", "summary.json"]
+    assert files == dict.fromkeys(names, 0o666 & ~umask)
+
+
 HOLDER = """
 import fcntl, os, sys
 handle = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)

@@ -3,12 +3,14 @@
 import contextlib
 import json
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dfn_fast.checkpoint.archive import read_file
+from dfn_fast.data.datasets.synthetic import SyntheticScenes
 from dfn_fast.runtime.device import choose_compile, inductor_options
 from dfn_fast.runtime.signals import StopRequest
 from dfn_fast.train.__main__ import main
@@ -21,7 +23,7 @@ from dfn_fast.trainer.finite import NonFiniteLoss
 from dfn_fast.trainer.trainer import Trainer
 from support.layout_changes import layout_changes
 from support.networks import narrow_backbones
-from support.steps import COUNT, tiny_batch, tiny_trainer
+from support.steps import COUNT, tiny_batch, tiny_trainer, with_scaler
 
 SYNTHETIC = "--channels 8 --no-border --no-deep-supervision --crop 32 --batch-size 3 --workers 0 --device cpu"
 
@@ -218,6 +220,15 @@ def test_losses_are_read_every_nth_iteration(tmp_path, reads, monkeypatch, few_s
     assert reads == ["tolist"] * 3
 
 
+def test_the_seed_of_a_run_is_that_of_its_scenes(tmp_path, few_scenes):
+    """Another seed gives other weights and another order in any case; here the images themselves differ."""
+    runs = [Run(main_config("--seed", seed), RunFolder(tmp_path), StopRequest()) for seed in ("3", "4")]
+    for run, seed in zip(runs, (3, 4), strict=True):
+        for dataset in (run.train_set, run.val_set):
+            assert np.array_equal(dataset[0].image, SyntheticScenes(dataset.split, seed=seed)[0].image)
+    assert not np.array_equal(runs[0].train_set[0].image, runs[1].train_set[0].image)
+
+
 def main_config(*words):
     from dfn_fast.train.options import new_config, parser
 
@@ -320,12 +331,6 @@ def overflowing(trainer, steps):
     """Makes one gradient infinite in the given steps."""
     number = iter(range(10**6))
     trainer.model.backbone.layer2[0].conv1.weight.register_hook(lambda g: g / 0 if next(number) in steps else g)
-
-
-def with_scaler(trainer):
-    """Adds fp16's loss scaler in float32: its behaviour depends only on the gradients."""
-    trainer.scaler = torch.amp.GradScaler(trainer.device.type, init_scale=2.0**16)
-    return trainer
 
 
 def watched_steps(trainer, count, *, position=None, every=1):
