@@ -1,10 +1,12 @@
 """Border targets against their definition: where borders are, where none are, and which changes move none."""
 
+import math
+
 import cv2
 import numpy as np
 import pytest
 
-from dfn_fast.data.border import border_targets
+from dfn_fast.data.border import border_targets, fill_with_nearest
 from dfn_fast.errors import ConfigError, DataError
 
 NEIGHBOURS = np.ones((3, 3), np.uint8)
@@ -98,6 +100,14 @@ def test_void_ring_has_its_border_in_its_middle():
     assert on_border[abs(distance - 16.5) < 0.3].all()
     assert on_border[abs(distance - 23.5) < 0.3].all()
     assert not on_border[(distance < 14.5) | (distance > 25.5)].any()
+
+
+@pytest.mark.parametrize(("near", "far"), [((6, 3), (7, 0)), ((5, 5), (8, 0)), ((3, 6), (0, 7)), ((6, -3), (7, 0))])
+def test_a_void_pixel_takes_the_class_that_is_nearest_at_any_angle(near, far):
+    label = np.full((31, 31), 255, np.uint8)
+    label[15 + near[0], 15 + near[1]], label[15 - far[0], 15 - far[1]] = 1, 2
+    assert math.hypot(*near) < math.hypot(*far) < sum(map(abs, near))
+    assert fill_with_nearest(label, label == 255)[15, 15] == 1
 
 
 def test_width_is_the_dilation():

@@ -226,6 +226,36 @@ def test_thin_void_ring_is_a_contour():
     assert boundary(label, radius < 90) == 0.0
 
 
+def drawn_over(label, void):
+    """``label`` with the class of the nearest other pixel, by Euclidean distance, wherever ``void``."""
+    known = np.argwhere(~void)
+    filled = label.copy()
+    for pixel in np.argwhere(void):
+        filled[tuple(pixel)] = label[tuple(known[np.argmin(((known - pixel) ** 2).sum(axis=1))])]
+    return filled
+
+
+@pytest.mark.parametrize("width", [5, 7, 9])  # the tolerance is 5: one to just under two of it
+def test_a_void_band_between_one_and_two_tolerances_is_a_contour(width):
+    yy, xx = np.mgrid[:60, :80]  # diagonal 100
+    sides = (2 * yy + xx > 90).astype(np.uint8)  # an oblique contour
+    void = abs(2 * yy + xx - 90) / math.sqrt(5) < width / 2
+    label = np.where(void, 255, sides).astype(np.uint8)
+    for shift in (0, 3, 8):
+        prediction = (2 * yy + xx > 90 + shift * math.sqrt(5)).astype(np.uint8)
+        expected = boundary_by_loops(drawn_over(sides, void), prediction, 2, 0.05)
+        assert boundary(label, prediction, num_classes=2, tolerance=0.05) == pytest.approx(expected, rel=1e-9)
+        assert expected == 1.0 if shift < 5 else expected < 0.1
+
+
+def test_a_void_band_wider_than_two_tolerances_is_no_contour():
+    label = np.zeros((60, 80), np.uint8)
+    label[:, 30:43], label[:, 43:] = 255, 1  # 13 pixels; the tolerance is 5, so three in the middle are ignored
+    right, wrong = (np.repeat(np.arange(80)[None] >= x, 60, axis=0).astype(np.uint8) for x in (36, 50))
+    assert boundary(label, right, num_classes=2, tolerance=0.05) == 1.0
+    assert boundary(label, wrong, num_classes=2, tolerance=0.05) == 0.0
+
+
 def test_boundary_is_a_mean_over_images_and_merges():
     zeros, ones = np.zeros((8, 8), np.uint8), np.ones((8, 8), np.uint8)
     score, other = BoundaryFScore(2), BoundaryFScore(2)
