@@ -93,12 +93,16 @@ class Proxy:
         self._file.close()
 
 
+SAVED = {0, 2, 3, 4, 6, 8, 9, 10, 12}  # the iterations after which SMALL_RUN saves
+
+
 class Chain:
     """A run in ``folder``, and the processes that work on it."""
 
     def __init__(self, folder: Path, rng: random.Random, found: Counter):
         self.run, self.rng, self.found = RunFolder(folder), rng, found
         self.log = folder.with_suffix(".log")
+        self.reached = 0  # the iteration of the newest checkpoint after a kill
 
     def start(self, kind: str | None = None) -> int:
         """Forks a process that begins or resumes the run."""
@@ -159,8 +163,10 @@ class Chain:
         assert names or not said_so, "no checkpoint"
         self.found["before the first checkpoint"] += not names
         self.found["between two names"] += len(names) == 2 and os.path.samefile(*names)
-        for path in names:
-            assert read_file(path)["position"]["iteration"] >= 0
+        saved = [read_file(path)["position"]["iteration"] for path in names]
+        assert set(saved) <= SAVED, "an iteration at which nothing is saved"
+        assert max(saved, default=0) >= self.reached, "a checkpoint is lost"
+        self.reached = max(saved, default=0)
 
 
 def ended(process: int) -> bool:
