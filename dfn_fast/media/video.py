@@ -3,10 +3,12 @@
 OpenCV decodes and encodes. Frames are ``[H, W, 3]`` RGB uint8, rotated as the file says.
 """
 
+import itertools
 import math
 import os
 import re
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -15,11 +17,13 @@ import numpy as np
 
 from dfn_fast.errors import DataError, UserError
 from dfn_fast.files import temporary_prefix
+from dfn_fast.media.mp4 import set_times, shown_frames
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v")
 ENCODER, SUFFIX = "mp4v", ".mp4"
 # Their headers hold the duration of the longest stream, sound included, but no number of frames.
 TIMED_SUFFIXES = (".mkv", ".webm")
+MP4_SUFFIXES = (".mp4", ".mov", ".m4v")
 USUAL_RATE = 25.0
 MAX_FRAME_PIXELS = 1 << 27  # 15360 x 8640 is the largest in use
 
@@ -57,6 +61,7 @@ class VideoReader:
                 f"{MAX_FRAME_PIXELS}; is it damaged? If not, make it smaller"
             )
         self.decoded, self._milliseconds, self._reading = 0, 0.0, False
+        self._times: list[float] = []
         self._first = self._decode()
         if self._first is None:
             self._capture.release()
@@ -66,6 +71,9 @@ class VideoReader:
         self.frame_rate = self._rate if 0.1 <= self._rate <= 240 else USUAL_RATE
         count = self._capture.get(cv2.CAP_PROP_FRAME_COUNT)
         self.announced = int(count) if not self.live and 0 < count < 1e9 else None
+        if self.announced is not None and Path(source).suffix.lower() in MP4_SUFFIXES:
+            shown = shown_frames(source)
+            self.announced = self.announced if shown is None else max(1, min(shown, self.announced))
 
     def read(self) -> np.ndarray | None:
         """The next frame; None after the last, or if decoding fails."""
@@ -73,6 +81,13 @@ class VideoReader:
             frame, self._first = self._first, None
             return frame
         return self._decode()
+
+    def times(self, count: int) -> list[float] | None:
+        """When the first ``count`` frames begin, in seconds after the first; None if :attr:`frame_rate` says it."""
+        times = [time - self._times[0] for time in self._times[:count]]
+        even = all(abs(time - i / self.frame_rate) < 0.5 / self.frame_rate for i, time in enumerate(times))
+        rising = all(before < after for before, after in itertools.pairwise(times))
+        return None if even or not rising or self.live else times
 
     def missing(self) -> int:
         """How many of the announced frames are missing. Call it once :meth:`read` has returned None."""
@@ -97,6 +112,7 @@ class VideoReader:
             return None
         self.decoded += 1
         self._milliseconds = self._capture.get(cv2.CAP_PROP_POS_MSEC)
+        self._times.append(self._milliseconds / 1000)
         return cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
 
     def _no_frame(self) -> str:
@@ -164,8 +180,12 @@ class VideoWriter:
         self._video.write(cv2.cvtColor(frame[: self._height, : self._width], cv2.COLOR_RGB2BGR))
         self.count += 1
 
-    def finish(self, path: Path) -> None:
-        """Closes the video and renames it to ``path``. Raises :class:`OSError` if frames are missing."""
+    def finish(self, path: Path, times: Sequence[float] | None = None) -> None:
+        """Closes the video and renames it to ``path``. Raises :class:`OSError` if frames are missing.
+
+        ``times`` are when its frames begin, if that is not even: in seconds, of which the first is 0. If they cannot be
+        written, :class:`UserError` is raised.
+        """
         self._video.release()
         # OpenCV does not report a full disk, so the frames in the file are counted.
         written = cv2.VideoCapture(str(self._path))
@@ -173,6 +193,8 @@ class VideoWriter:
         written.release()
         if frames != self.count:
             raise OSError(f"{path}: {frames} of {self.count} frames were written; is the disk full?")
+        if times is not None and not set_times(self._path, times):
+            raise UserError(f"{path}: its frames cannot be given their times; use --no-overlay --frames")
         with self._path.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(self._path, path)

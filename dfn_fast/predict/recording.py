@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -130,10 +130,11 @@ class Recording:
     def finish(self, video: VideoReader, overlay: VideoWriter | None) -> None:
         """Gives the results their names. Raises :class:`DataError` if the video's end is missing."""
         missing = 0 if self.count == self.limit else video.missing()
+        times = video.times(self.count)
         places = [path for path in (self.job.frames,) if path is not None]
         if overlay is not None and self.job.overlay is not None:
             path = self.job.truncated if missing else self.job.overlay
-            overlay.finish(path)
+            overlay.finish(path, times)
             places.append(path)
         if missing:
             raise DataError(
@@ -142,7 +143,9 @@ class Recording:
                 "it again"
             )
         if self.job.summary is not None:
-            summary = {"frames": self.count, "frame_rate": video.frame_rate}
+            summary: dict[str, Any] = {"frames": self.count, "frame_rate": video.frame_rate}
+            if times is not None:
+                summary["times"] = times
             write_json(self.job.summary, summary)
 
 

@@ -1,6 +1,8 @@
 """Reading and writing videos: frames, rates, sizes, and files that are not videos or are truncated."""
 
+import math
 import os
+import struct
 from pathlib import Path
 
 import cv2
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 
 from dfn_fast.errors import DataError, UserError
+from dfn_fast.media.mp4 import set_times, shown_frames
 from dfn_fast.media.video import VideoReader, VideoWriter, is_live, is_video
 
 RED, BLUE = (220, 30, 30), (30, 30, 220)
@@ -169,6 +172,94 @@ def test_a_sound_that_ends_later_is_no_missing_frame(tmp_path):
         assert video.missing() == 0
         video.announced = 52
         assert video.missing() == 12
+
+
+def test_a_rate_that_is_none_divides_nothing(tmp_path):
+    write_video(tmp_path / "a.mkv", plain_frames(5), rate=10, code="mp4v")
+    with VideoReader(str(tmp_path / "a.mkv")) as video:
+        frames_of(video)
+        video.announced = 99
+        for video._rate in (0.0, math.nan, -1.0, math.inf):
+            assert video.missing() == 94
+
+
+def edited(path, *edits):
+    """Gives a video of OpenCV's another edit list: durations and begins, in ticks."""
+    content = bytearray(path.read_bytes())
+    at = content.index(b"elst")
+    table = b"".join(struct.pack(">IiI", length, begin, 1 << 16) for length, begin in edits)
+    grown = len(table) - 12
+    content[at + 8 : at + 24] = struct.pack(">I", len(edits)) + table
+    for name in (b"moov", b"trak", b"edts", b"elst"):
+        place = content.index(name) - 4
+        content[place : place + 4] = struct.pack(">I", struct.unpack_from(">I", content, place)[0] + grown)
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("rate", [25, 30000 / 1001])
+@pytest.mark.parametrize(
+    ("edits", "expected"),
+    [([(20, 0)], 20), ([(20, 10)], 20), ([(5, 10), (5, 20)], 10), ([(40, 0)], 40), ([(8, -1), (40, 0)], 40)],
+)
+def test_frames_that_an_edit_list_leaves_out_are_not_missing(tmp_path, rate, edits, expected):
+    path = tmp_path / "a.mp4"
+    write_video(path, plain_frames(40), rate=rate, code="mp4v")
+    content = path.read_bytes()
+    at = content.index(b"mdhd")
+    ticks = struct.unpack_from(">I", content, at + 16)[0] / rate
+    edited(path, *((round(1000 * length / rate), round(ticks * max(begin, 0)) or begin) for length, begin in edits))
+    frames, missing = read_all(path)
+    assert expected - 1 <= len(frames) <= expected + 2  # FFmpeg also shows some around a cut
+    assert missing <= 1
+    assert shown_frames(path) in (expected, expected - 1)
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"mdat", b"free"))  # the same index, over nothing
+    assert shown_frames(path) in (expected, expected - 1)
+
+
+@pytest.mark.parametrize("name", [b"moov", b"trak", b"hdlr", b"mvhd", b"stts", b"elst", b"mdhd"])
+def test_an_index_that_is_damaged_says_nothing(tmp_path, name):
+    path = tmp_path / "a.mp4"
+    write_video(path, plain_frames(4), code="mp4v")
+    content = path.read_bytes()
+    at = content.index(name)
+    for size in (0, 1, 7, 9, 0xFFFFFFFF):
+        path.write_bytes(content[: at - 4] + struct.pack(">I", size) + content[at:])
+        assert shown_frames(path) in (None, 3, 4)
+        before = path.read_bytes()
+        if not set_times(path, [0, 1, 2, 3]):
+            assert path.read_bytes() == before
+    path.write_bytes(content.replace(b"\0\0\0\1\0\0\0\4\0\0", b"\0\0\0\1\xff\xff\xff\xff\0\0"))  # stts
+    assert shown_frames(path) is None
+
+
+def test_frames_keep_the_times_that_they_are_given(tmp_path):
+    times = [0, 0.04, 0.08, 0.24, 0.4, 1.5, 1.533]
+    with VideoWriter(tmp_path, 10, (40, 52)) as writer:
+        for frame in plain_frames(7):
+            writer.write(frame)
+        writer.finish(tmp_path / "a.mp4", times)
+    capture = cv2.VideoCapture(str(tmp_path / "a.mp4"))
+    found = []
+    while capture.read()[0]:
+        found.append(capture.get(cv2.CAP_PROP_POS_MSEC) / 1000)
+    np.testing.assert_allclose(found, times, atol=0.001)
+    with VideoReader(str(tmp_path / "a.mp4")) as video:
+        frames_of(video)
+        assert video.missing() == 0
+        np.testing.assert_allclose(video.times(7), times, atol=0.001)
+        assert video.times(2) == pytest.approx([0, 0.04], abs=0.001)  # not 7 / 1.6 s
+        video._times[3] = video._times[2]
+        assert video.times(7) is None  # not known
+
+
+def test_a_video_whose_frames_cannot_be_given_their_times_gets_no_name(tmp_path, monkeypatch):
+    monkeypatch.setattr("dfn_fast.media.video.set_times", lambda path, times: False)
+    with VideoWriter(tmp_path, 9, (4, 4)) as writer:
+        writer.write(np.zeros((4, 4, 3), np.uint8))
+        with pytest.raises(UserError, match=r"a\.mp4: its frames cannot be given"):
+            writer.finish(tmp_path / "a.mp4", [0])
+    assert os.listdir(tmp_path) == []
 
 
 def test_what_counts_as_a_video():

@@ -10,6 +10,7 @@ import pytest
 from dfn_fast.errors import ConfigError, UserError
 from dfn_fast.inference.predictor import Predictor
 from dfn_fast.media.images import read_label, write_image
+from dfn_fast.media.mp4 import set_times
 from dfn_fast.media.overlays import overlay
 from dfn_fast.media.video import VideoReader
 from dfn_fast.predict.jobs import live_name
@@ -40,6 +41,19 @@ def test_a_video_gives_an_overlay_video_and_label_maps(checkpoint, model, capsys
     with VideoReader("out/trip_overlay.mp4") as video:
         assert (video.frame_rate, video.size) == (12.5, (40, 52))
     assert "1 video, 7 frames, " in capsys.readouterr().out
+
+
+def test_a_variable_frame_rate_is_kept(checkpoint):
+    write_video("trip.mp4", 6, code="mp4v")
+    times = [0, 0.08, 0.16, 0.5, 0.84, 1.18]
+    assert set_times(Path("trip.mp4"), times)
+    assert run(checkpoint, "trip.mp4", "--output-dir", "out", "--frames", "--limit", 5) == 0
+    summary = json.loads(Path("out/trip_frames/frames.json").read_text())
+    assert summary["times"] == pytest.approx(times[:5], abs=0.001)
+    with VideoReader("out/trip_overlay.mp4") as video:
+        while video.read() is not None:
+            pass
+        assert video.times(5) == pytest.approx(times[:5], abs=0.001)
 
 
 def test_options_of_videos(checkpoint):
@@ -172,7 +186,7 @@ def test_a_result_never_replaces_a_video(checkpoint):
 def test_a_disk_that_is_full_at_the_end_of_a_video_is_named(checkpoint, monkeypatch):
     write_video("trip.avi", 2)
 
-    def full(self, path):
+    def full(self, path, times):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("dfn_fast.media.video.VideoWriter.finish", full)
