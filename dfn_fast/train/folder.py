@@ -90,6 +90,7 @@ class RunFolder:
         """Begins a new run. Raises :class:`ConfigError` if the folder holds one or cannot be written."""
         self.require_no_run()
         try:
+            self.path.mkdir(parents=True, exist_ok=True)
             write_json(self.config_file, config.to_dict())
         except OSError as error:
             raise ConfigError(
