@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import pickle
+import threading
 
 import numpy as np
 import pytest
@@ -229,18 +230,64 @@ def test_fused_conv_on_a_gpu(residual, relu):
     assert (ours - expected).abs().max() <= 2 * (theirs - expected).abs().max() + slack
 
 
-@pytest.mark.parametrize("one_layout", [True, False])
-def test_a_weight_is_kept_for_few_sizes_however_many_come(monkeypatch, one_layout):
+def pack_for(sides, packed, weight):
+    """Convolves images of ``sides`` with one packed weight, each against the definition."""
+    from dfn_kernels.convolution.fused_conv import fused_conv, fused_conv_ref
+
+    for side in sides:
+        x = torch.randn(1, 64, side, side + 1)
+        ours = fused_conv(x, weight, padding=1, packed=packed)
+        torch.testing.assert_close(ours, fused_conv_ref(x, weight, None, None, 1, 1, True), rtol=1e-4, atol=1e-5)
+
+
+def test_sizes_of_one_layout_share_a_weight():
+    from dfn_kernels.convolution.fused_conv import Packed
+
+    weight, packed = torch.randn(64, 64, 3, 3) / 24, Packed()
+    pack_for([*range(4, 24), *range(4, 24)], packed, weight)
+    assert len(packed.layouts) == 20  # each size has the layout that oneDNN wants for it
+    assert len(packed.onednn) < 5
+    assert set(packed.layouts.values()) == packed.onednn.keys()
+
+
+def test_layouts_take_few_bytes_and_the_last_used_stay(monkeypatch):
     from dfn_kernels.convolution import fused_conv as module
 
-    monkeypatch.setattr(module, "LAYOUT_SERVES_ALL_SIZES", one_layout)
-    torch.manual_seed(0)
+    monkeypatch.setattr(module, "_description", lambda own, shape: repr(shape[2]).encode())  # each size has its own
     weight, packed = torch.randn(64, 64, 3, 3) / 24, module.Packed()
-    for side in [4, 6, 4, *range(8, 8 + 2 * module.SHAPES), 4]:
-        x = torch.randn(1, 64, side, side + 1)
-        ours = module.fused_conv(x, weight, padding=1, packed=packed)
-        torch.testing.assert_close(ours, module.fused_conv_ref(x, weight, None, None, 1, 1, True), rtol=1e-4, atol=1e-5)
-    assert len(packed.onednn) == (1 if one_layout else module.SHAPES)
+    pack_for([4], packed, weight)
+    most = module.MOST_BYTES * weight.nbytes // torch.ops.mkldnn._nbytes(packed.onednn[b"4"])
+    assert 2 <= most <= module.MOST_BYTES
+    pack_for([4, 6, 4, *range(8, 8 + most - 1), 4, 99], packed, weight)
+    assert len(packed.onednn) == most
+    assert {b"4", b"99"} <= packed.onednn.keys()
+    assert b"6" not in packed.onednn
+    monkeypatch.setattr(module, "MOST_SHAPES", 3)
+    pack_for([6, 8], packed, weight)
+    assert len(packed.layouts) == 3
+
+
+def test_threads_share_a_packed_weight(monkeypatch):
+    from dfn_kernels.convolution import fused_conv as module
+
+    monkeypatch.setattr(module, "_description", lambda own, shape: repr(shape[2]).encode())
+    monkeypatch.setattr(module, "MOST_SHAPES", 4)
+    weight, packed, errors = torch.randn(64, 64, 3, 3) / 24, module.Packed(), []
+
+    def work(seed):
+        try:
+            pack_for(
+                torch.randint(4, 14, (60,), generator=torch.Generator().manual_seed(seed)).tolist(), packed, weight
+            )
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
 
 
 @pytest.mark.parametrize("cpu", ["this one", "without bf16"])

@@ -6,6 +6,7 @@ PyTorch's own convolution writes ``out``, then reads and writes it again for eac
 """
 
 import functools
+import itertools
 from dataclasses import dataclass, field
 
 import torch
@@ -27,15 +28,23 @@ def fused_conv_ref(
     return F.relu(out) if relu else out
 
 
-LAYOUT_SERVES_ALL_SIZES = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-SHAPES = 5  # otherwise a weight is kept in the layouts of this many sizes: those of five scales
+MOST_BYTES = 4  # that the layouts of a weight may take together, in its own bytes
+MOST_SHAPES = 4096  # whose layout is remembered
+_PADDING = 27  # a word of oneDNN's description that lies between two fields and is never written
+_clock = itertools.count()
 
 
 @dataclass
 class Packed:
-    """A weight's forms for the CPU, each made when it is first needed and then kept: memory for speed."""
+    """A weight's forms for the CPU, each made when it is first needed and then kept: memory for speed.
 
-    onednn: dict[tuple[int, ...], Tensor] = field(default_factory=dict)  # by x's shape, the last few of them
+    oneDNN's layout depends on the input's shape, and a convolution in another shape's layout can take several times as
+    long. Few shapes differ in it, so a layout is kept once for all of its shapes.
+    """
+
+    onednn: dict[bytes, Tensor] = field(default_factory=dict)  # by oneDNN's description of the layout
+    layouts: dict[tuple[int, ...], bytes] = field(default_factory=dict)  # the description, by x's shape
+    used: dict[bytes, int] = field(default_factory=dict)  # when a layout was last needed, in calls
     winograd: dict[int, Tensor] = field(default_factory=dict)
 
 
@@ -145,7 +154,7 @@ def _on_cpu(
         bias = None if bias is None else bias.to(x.dtype)
         return fused_conv_ref(x, weight.to(x.dtype), bias, residual, stride, padding, relu)
     steps, pads, ones = [stride, stride], [padding, padding], [1, 1]
-    own = _onednn_weight(x, weight, stride, padding, packed.onednn)
+    own = _onednn_weight(x, weight, stride, padding, packed)
     last = "relu" if relu else "none"
     run = torch.ops.mkldnn._convolution_pointwise
     if residual is None:
@@ -154,21 +163,43 @@ def _on_cpu(
     return run.binary(x, nhwc(residual), own, bias, pads, steps, ones, 1, "add", 1.0, last_or_none, [], "")
 
 
-def _onednn_weight(x: Tensor, weight: Tensor, stride: int, padding: int, kept: dict[tuple[int, ...], Tensor]) -> Tensor:
-    """The weight in oneDNN's layout for ``x``, taken from ``kept`` or added to it.
-
-    With AVX-512 one layout serves every size. Without it, a convolution in another size's layout can take several
-    times as long.
-    """
-    shape = () if LAYOUT_SERVES_ALL_SIZES else tuple(x.shape)
-    if shape not in kept:
+def _onednn_weight(x: Tensor, weight: Tensor, stride: int, padding: int, packed: Packed) -> Tensor:
+    """The weight in oneDNN's layout for ``x``: kept, or made and kept in the place of those that were not needed."""
+    shape = tuple(x.shape)
+    layout = packed.layouts.get(shape, b"")
+    own = packed.onednn.get(layout)
+    if own is None:
         pads, steps, ones = [padding, padding], [stride, stride], [1, 1]
         dense = weight.to(x.dtype)
-        own = torch.ops.mkldnn._reorder_convolution_weight(dense, pads, steps, ones, 1, list(x.shape))
-        while len(kept) >= SHAPES:
-            del kept[next(iter(kept))]
-        kept[shape] = own
-    return kept[shape]
+        own = torch.ops.mkldnn._reorder_convolution_weight(dense, pads, steps, ones, 1, list(shape))
+        layout = _description(own, shape)
+        own = packed.onednn.setdefault(layout, own)
+        packed.layouts[shape] = layout
+        _drop_oldest(packed, layout, MOST_BYTES * dense.nbytes)
+    packed.used[layout] = next(_clock)
+    return own
+
+
+def _description(own: Tensor, shape: tuple[int, ...]) -> bytes:
+    """Equal for two packed weights of one layout. Where oneDNN's words cannot be read, the shape stands for them."""
+    read = getattr(torch.ops.mkldnn, "_get_mkldnn_serialized_md", None)
+    if read is None:
+        return repr(shape).encode()
+    words = read(own).view(torch.int32).tolist()
+    words[_PADDING] = 0
+    return repr(words).encode()
+
+
+def _drop_oldest(packed: Packed, newest: bytes, most_bytes: int) -> None:
+    """Each step is one operation on a dictionary, as other threads may be at it too."""
+    size = getattr(torch.ops.mkldnn, "_nbytes", lambda tensor: most_bytes // MOST_BYTES)
+    while sum(int(size(tensor)) for tensor in list(packed.onednn.values())) > most_bytes:
+        others = [layout for layout in list(packed.onednn) if layout != newest]
+        if not others:
+            break
+        packed.onednn.pop(min(others, key=lambda layout: packed.used.get(layout, 0)), None)
+    while len(packed.layouts) > MOST_SHAPES:
+        packed.layouts.pop(list(packed.layouts)[0], None)  # noqa: RUF015  `next(iter())` fails if another thread adds one
 
 
 # cuDNN's fused calls have no fake rule of their own, so torch.compile and torch.export could not trace them.
