@@ -15,7 +15,7 @@ from dfn_fast.files import replacing
 from dfn_fast.media.opening import MAX_PIXELS as MAX_PIXELS
 from dfn_fast.media.opening import jpeg2000_bits
 from dfn_fast.media.opening import open_image as open_image
-from dfn_fast.media.tiff import left_out_bands, other_pages, tiff_problem
+from dfn_fast.media.tiff import is_lossy, left_out_bands, other_pages, tiff_problem
 
 IGNORE = 255
 ORIENTATION = 0x0112  # in EXIF: 1 upright, 2 to 8 turned or mirrored
@@ -57,7 +57,7 @@ def read_image(path: str | Path, remarks: list[str] | None = None) -> np.ndarray
 def read_label(path: str | Path) -> np.ndarray:
     """The class ids of a single-channel or palette image as ``[H, W]`` uint8, turned by its EXIF orientation."""
     with open_image(path, "label") as image:
-        if image.format in ("JPEG", "MPO"):
+        if image.format in ("JPEG", "MPO") or is_lossy(image):
             raise DataError(f"{path}: this label is a JPEG, whose compression changes class ids; make it again as PNG")
         # Grey values of 2 or 4 bits, or of a PGM whose largest value is not 255, are stretched to 0..255, and those of
         # a TIFF in which 0 is white are turned round.

@@ -137,7 +137,8 @@ def _naming(path: str | Path, what: str) -> Iterator[None]:
         raise DataError(f"{path}: this {what} does not fit into memory; cut it into tiles, or add memory") from error
     except Exception as error:  # a damaged file makes Pillow raise nearly anything
         if kind := tiff_kind(path):
-            raise DataError(f"{path}: this {what} cannot be decoded ({error}): {kind}") from error
+            text = f"{path}: this {what} cannot be decoded ({error}): a {kind}; copy it again, or save it as PNG"
+            raise DataError(text) from error
         raise DataError(f"{path}: this {what} is damaged or truncated ({error}); copy or download it again") from error
 
 

@@ -31,6 +31,11 @@ def tiff_problem(image: Image.Image) -> str:
     return ""
 
 
+def is_lossy(image: Image.Image) -> bool:
+    """Whether an opened TIFF has a compression of photographs."""
+    return getattr(image, "tag_v2", {}).get(_COMPRESSION) in (6, 7, 34712, 34892, 50001)  # of JPEG's family, and WebP
+
+
 def left_out_bands(image: Image.Image) -> int:
     """How many bands of an opened TIFF are beyond its colours and their alpha."""
     tags: Any = getattr(image, "tag_v2", {})

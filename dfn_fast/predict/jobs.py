@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dfn_fast.errors import ConfigError, DataError, shortened
+from dfn_fast.errors import ConfigError, DataError, printable, shortened
 from dfn_fast.media.formats import FORMATS, picture_format
 from dfn_fast.media.listing import find_images, read_lines
 from dfn_fast.media.video import VIDEO_SUFFIXES, is_live, is_video
@@ -136,7 +136,7 @@ def _images_below(folder: Path, output: Path) -> list[tuple[str, str]]:
     named += [(path, path.relative_to(folder).as_posix()) for path in unread]
     note = found._replace(passed_over=[path for path in others if path not in unread]).note
     if note:
-        print(f"{note} (a video in a folder has to be an INPUT of its own)", file=sys.stderr)
+        print(printable(f"{note} (a video in a folder has to be an INPUT of its own)"), file=sys.stderr)
     return [(str(image), name) for image, name in named if not real(image).is_relative_to(output)]
 
 

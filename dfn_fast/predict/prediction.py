@@ -13,7 +13,7 @@ from tqdm import tqdm
 from dfn_fast.cli import IMAGES_BAR
 from dfn_fast.data.datasets.cityscapes import TRAIN_ID_TO_LABEL_ID
 from dfn_fast.data.datasets.voc import VocDataset
-from dfn_fast.errors import DataError, UserError, listed
+from dfn_fast.errors import DataError, UserError, listed, printable
 from dfn_fast.inference.predictor import Predictor
 from dfn_fast.media.images import read_image, write_image, write_label
 from dfn_fast.media.opening import decoded_bytes, open_image
@@ -135,7 +135,7 @@ class Prediction:
             )
 
     def fail(self, job: Job, error: UserError) -> None:
-        text = str(error) if isinstance(error, DataError) else f"{job.source}: {error}"
+        text = str(error) if isinstance(error, DataError) else f"{printable(job.source)}: {error}"
         self.failures[job] = text
         tqdm.write(f"skipped: {text}", file=sys.stderr)
 
@@ -148,8 +148,8 @@ class Prediction:
         if count:
             parts.append(f"{count / seconds:.2f} images/s")
         for remark, sources in self.remarks.items():
-            print(f"images that {remark}: {len(sources)} ({listed(sorted(sources))})", file=sys.stderr)
-        print(f"{', '.join([*parts, self.predictor.describe()])}: {self.arguments.output_dir}")
+            print(printable(f"images that {remark}: {len(sources)} ({listed(sorted(sources))})"), file=sys.stderr)
+        print(printable(f"{', '.join([*parts, self.predictor.describe()])}: {self.arguments.output_dir}"))
         if self.failures:
             texts = [self.failures[job] for job in jobs if job in self.failures]
             print("\n  ".join([f"{len(texts)} of {described(jobs)} failed:", *texts]), file=sys.stderr)

@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dfn_fast.cli import IMAGES_BAR
-from dfn_fast.errors import DataError, UserError
+from dfn_fast.errors import DataError, UserError, printable
 from dfn_fast.files import write_json
 from dfn_fast.media.images import read_label
 from dfn_fast.media.video import VideoReader, VideoWriter, is_live
@@ -98,7 +98,7 @@ class Recording:
 
         frame_bytes = 6 * math.prod(video.size)  # OpenCV's frame and ours
         total = min(filter(None, (self.limit, video.announced)), default=None)
-        with tqdm(total=total, desc=Path(self.job.source).name, disable=None, **IMAGES_BAR) as bar:
+        with tqdm(total=total, desc=printable(Path(self.job.source).name), disable=None, **IMAGES_BAR) as bar:
             # One thread each: frames are decoded and encoded in order.
             pipeline: Pipeline[int, Picture, Picture] = Pipeline(
                 read,

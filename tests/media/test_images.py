@@ -150,6 +150,12 @@ class TestTiffs:
         with pytest.raises(DataError, match=r"got values that are stretched to 0\.\.255, or inverted"):
             read_label(path)
 
+    def test_a_label_that_is_compressed_with_loss_is_refused(self, tmp_path):
+        Image.fromarray(PIXELS[:, :, 0]).save(tmp_path / "a.tif", compression="jpeg")
+        assert read_image(tmp_path / "a.tif").shape == PIXELS.shape
+        with pytest.raises(DataError, match="whose compression changes class ids"):
+            read_label(tmp_path / "a.tif")
+
     def test_smaller_copies_of_a_page_are_no_pages(self, tmp_path):
         page = Image.fromarray(PIXELS[:, :, 0])
         smaller = page.resize((18, 12))
@@ -161,6 +167,13 @@ class TestTiffs:
             assert len(remarks) == others
             if not others:
                 np.testing.assert_array_equal(read_label(tmp_path / "a.tif"), PIXELS[:, :, 0])
+
+    def test_a_tiff_that_is_cut_is_described(self, tmp_path):
+        Image.fromarray(PIXELS).save(tmp_path / "a.tif", compression="tiff_lzw")
+        content = (tmp_path / "a.tif").read_bytes()
+        (tmp_path / "a.tif").write_bytes(content[:100] + bytes(1000) + content[1100:])
+        with pytest.raises(DataError, match=r"a\.tif: this image cannot be decoded .*: a TIFF of 3 bands.*copy it"):
+            read_image(tmp_path / "a.tif")
 
     def test_pixels_beyond_pillows_limit_are_read(self, tmp_path, monkeypatch):
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)

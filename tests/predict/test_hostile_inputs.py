@@ -175,6 +175,24 @@ def test_how_images_were_read_is_told(checkpoint, capsys):
     assert "images that have more frames or pages, of which the first is read: 1 (in/c.tif)\n" in errors
 
 
+@posix
+def test_control_characters_of_names_are_written_out(checkpoint, capsys):
+    name = "a\x1b[2J\x9b"
+    Path("in").mkdir()
+    turned = Image.Exif()
+    turned[0x0112] = 3
+    Image.fromarray(picture(0)).save("in.png", exif=turned)
+    os.rename("in.png", f"in/{name}.png")
+    Path(f"in/{name}b.png").write_bytes(b"no image")
+    Path(f"in/{name}.txt").write_text("")
+    write_video("v.avi", 2)
+    os.rename("v.avi", f"{name}.avi")
+    assert run(checkpoint, "in", f"{name}.avi", "--output-dir", f"out{name}") == 1
+    printed = "".join(capsys.readouterr())
+    assert printed.count(r"a\x1b[2J\x9b") >= 5
+    assert not set("\x1b\x9b") & set(printed)
+
+
 def test_links_in_a_circle_are_no_inputs(here):
     Path("in").mkdir()
     write_image("in/a.png", picture(0))
