@@ -133,10 +133,22 @@ def _base(arguments: argparse.Namespace) -> TrainConfig:
     return recipe(arguments.recipe or "synthetic", arguments.preset or "paper")
 
 
+def _fields_of(arguments: argparse.Namespace, saved: TrainConfig) -> dict[str, Any]:
+    """The fields that ``--config`` or ``--preset`` sets."""
+    if arguments.config:
+        file = load_config(arguments.config)
+        return {f.name: getattr(file, f.name) for f in dataclasses.fields(file) if f.name != "recipe"}
+    if not arguments.preset:
+        return {}
+    presets = [recipe(saved.recipe, preset) for preset in PRESETS]
+    differ = [f.name for f in dataclasses.fields(saved) if len({getattr(one, f.name) for one in presets}) > 1]
+    return {name: getattr(recipe(saved.recipe, arguments.preset), name) for name in differ}
+
+
 def resumed_config(saved: TrainConfig, arguments: argparse.Namespace) -> TrainConfig:
     """The saved configuration with the given options. Raises :class:`ConfigError` if one would change the result."""
     given = overrides(arguments)
-    for name, value in given.items():
+    for name, value in {**_fields_of(arguments, saved), **given}.items():
         if name not in RESUMABLE and value != getattr(saved, name):
             raise ConfigError(
                 f"--{cli.dashed(name)} {value} differs from the run that --resume continues ({getattr(saved, name)}); "

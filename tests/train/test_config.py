@@ -167,6 +167,7 @@ def test_an_unknown_recipe_names_the_nearest():
         ('{"epochs": 1.5}', "field 'epochs' expects int"),
         ('{"flip": 1}', "field 'flip' expects bool"),
         ("[]", "an object of fields"),
+        ('{"lr": 1, "seed": 2, "lr": 3}', "'lr' is given twice"),
         ("{", "expected a run's config.json"),
         ("[" * 100_000, "expected a run's config.json"),
         ('{"a": ' * 100_000, "expected a run's config.json"),
@@ -216,6 +217,21 @@ def test_resuming_refuses_what_would_change_the_result():
         resumed_config(saved, parse("--lr", "0.5"))
     with pytest.raises(ConfigError, match="is of recipe 'camvid', not 'voc'"):
         resumed_config(saved, parse("voc"))
+
+
+def test_resuming_compares_a_preset_and_a_file_too(tmp_path):
+    file = tmp_path / "config.json"
+    for preset, other in (("paper", "torchseg"), ("torchseg", "paper")):
+        saved = dataclasses.replace(recipe("camvid", preset), epochs=3)
+        assert resumed_config(saved, parse("--preset", preset)) == saved
+        with pytest.raises(ConfigError, match=r"differs from the run that --resume continues"):
+            resumed_config(saved, parse("--preset", other))
+        file.write_text(json.dumps({**saved.to_dict(), "workers": 9}))
+        assert resumed_config(saved, parse("--config", str(file))) == saved
+        file.write_text(json.dumps({**saved.to_dict(), "epochs": 4}))
+        with pytest.raises(ConfigError, match=r"--epochs 4 differs from the run"):
+            resumed_config(saved, parse("--config", str(file)))
+        assert resumed_config(saved, parse("--config", str(file), "--epochs", "3")) == saved
 
 
 def test_a_run_saved_before_a_field_was_there_gets_its_default(tmp_path):

@@ -74,13 +74,16 @@ def test_every_field_that_decides_the_result_is_compared_with_the_checkpoint(nam
         assert repr(getattr(config, name)) in str(error.value)
 
 
+NOTHING = {"recipe": None, "preset": None, "config": None}
+
+
 @pytest.mark.parametrize("name", OTHER)
 def test_every_option_that_decides_the_result_is_refused(name):
     saved = recipe("camvid")
-    given = argparse.Namespace(**{"recipe": None, name: OTHER[name]})
+    given = argparse.Namespace(**{**NOTHING, name: OTHER[name]})
     with pytest.raises(ConfigError, match=r"is of recipe 'camvid', not 'voc'|differs from the run that --resume cont"):
         resumed_config(saved, given)
-    assert resumed_config(saved, argparse.Namespace(**{"recipe": None, name: getattr(saved, name)})) == saved
+    assert resumed_config(saved, argparse.Namespace(**{**NOTHING, name: getattr(saved, name)})) == saved
 
 
 def test_a_changed_configuration_is_not_continued(tiny):
