@@ -253,11 +253,20 @@ def _is(value: Any, kind: type) -> bool:
     return isinstance(value, kind)
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises ``ValueError`` for a name that it has twice, of which ``json`` would keep the last."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{brief(next(name for name in names if names.count(name) > 1))} is given twice")
+    return values
+
+
 def load_config(path: str | Path) -> TrainConfig:
     """The configuration that a run saved as ``config.json``."""
     require_regular(path, ConfigError, "configuration file", MAX_TEXT)
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        values = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_once)
     except FileNotFoundError:
         raise ConfigError(f"{path}: this configuration file does not exist") from None
     except (OSError, ValueError, RecursionError) as error:
