@@ -15,7 +15,7 @@ HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_device(name: str, world: World = ALONE) -> torch.device:
-    """The device ``name``; ``"auto"`` is CUDA if there is a GPU, else the CPU. A missing device is an error."""
+    """The device ``name``; ``"auto"`` is CUDA if there is a GPU, else the CPU. A missing one is an error."""
     name = world.device_name(name)
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -23,6 +23,11 @@ def choose_device(name: str, world: World = ALONE) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ConfigError(f"--device {name!r} is not a device; use cuda, cuda:1, cpu or auto") from error
+    if device.type not in ("cuda", "cpu"):
+        try:
+            torch.zeros(1, device=device).item()  # fails on a device that is not there, and on one that keeps no values
+        except Exception as error:  # each kind of device has its own
+            raise ConfigError(f"--device {name} cannot be used here; use cuda, cuda:1, cpu or auto") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
             f"--device {name}: PyTorch finds {torch.cuda.device_count()} CUDA devices here; use cpu or auto"

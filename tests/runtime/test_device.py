@@ -7,7 +7,7 @@ import torch
 
 from dfn_fast.errors import ConfigError
 from dfn_fast.runtime import device as execution
-from dfn_fast.runtime.device import choose_amp
+from dfn_fast.runtime.device import choose_amp, choose_device
 
 CPU = torch.device("cpu")
 
@@ -21,6 +21,15 @@ def test_a_cpu_that_has_no_bf16_is_named_where_it_is_asked_for_it(monkeypatch):
         warnings.simplefilter("error")
         assert choose_amp("bf16", CPU) == torch.bfloat16
         assert choose_amp("off", CPU) is None
+
+
+@pytest.mark.parametrize("name", ["meta", "xla", "hpu", "mps", "toaster", "cuda:-1", "cuda:99"])
+def test_a_device_that_cannot_compute_here_is_named(name):
+    if name == "mps" and torch.backends.mps.is_available():
+        pytest.skip("this machine has it")
+    with pytest.raises(ConfigError, match=f"--device '?{name}"):
+        choose_device(name)
+    assert choose_device("cpu") == CPU
 
 
 def test_a_cpu_takes_bf16_by_itself_only_with_matrix_units(monkeypatch):
