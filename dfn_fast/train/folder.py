@@ -23,7 +23,7 @@ from typing import Any
 from dfn_fast.checkpoint.archive import read_file, save_atomic
 from dfn_fast.config import LARGEST, TrainConfig, load_config
 from dfn_fast.errors import CheckpointError, ConfigError, OutputError
-from dfn_fast.files import MAX_TEXT, finite, require_regular, write_json, write_text
+from dfn_fast.files import MAX_TEXT, clear_leftovers, finite, require_regular, write_json, write_text
 from dfn_fast.runtime.lock import locked
 
 MAX_METRICS = 1 << 30  # bytes: seven million lines
@@ -153,9 +153,7 @@ class RunFolder:
 
         A run that continues from this checkpoint writes them again.
         """
-        for leftover in self.path.glob(".*.tmp"):  # from a run that was killed while writing
-            with naming(leftover):
-                leftover.unlink()
+        clear_leftovers(self.path)  # of a run that was killed while writing
         limits = {"train": ("iteration", iteration), "val": ("epoch", epochs)}
         kept = []
         for record in self.metrics():
