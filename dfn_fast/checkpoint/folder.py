@@ -127,7 +127,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}); copy or save the folder again") from error
     found = config.get("format") if isinstance(config, dict) else config
-    if found != FORMAT:
+    if type(found) is not int or found != FORMAT:
         raise CheckpointError(
             f"{path}: expected format {FORMAT}, got {brief(found)}; use the version of dfn_fast that wrote it"
         )
