@@ -11,7 +11,7 @@ from PIL import Image, ImageOps, PngImagePlugin
 
 from dfn_fast.errors import DataError
 from dfn_fast.media import images, opening
-from dfn_fast.media.images import open_image, orientation, read_image, read_label
+from dfn_fast.media.images import open_image, orientation, read_image, read_label, write_label
 from dfn_fast.media.opening import MAX_BYTES, MAX_PIXELS, decoded_bytes
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 36, 3), dtype=np.uint8)
@@ -243,6 +243,20 @@ class TestBounds:
         start = time.perf_counter()
         np.testing.assert_array_equal(read_image(path), [[[1, 2, 3], [5, 6, 7]]])
         assert time.perf_counter() - start < 20  # minutes, where what is left is copied for each
+
+
+@pytest.mark.parametrize("classes", [2, 254, 255])
+def test_a_written_palette_has_the_classes_colours_and_white_for_255(tmp_path, classes):
+    palette = np.random.default_rng(0).integers(1, 255, (classes, 3), dtype=np.uint8)
+    labels = np.array([[0, classes - 1, 255]], np.uint8)
+    write_label(tmp_path / "a.png", labels, palette)
+    np.testing.assert_array_equal(read_label(tmp_path / "a.png"), labels)
+    with Image.open(tmp_path / "a.png") as image:
+        table = np.array(image.getpalette()).reshape(-1, 3)
+    np.testing.assert_array_equal(table[:classes], palette)
+    np.testing.assert_array_equal(table[classes:255], np.zeros((255 - classes, 3)))
+    np.testing.assert_array_equal(table[255], [255, 255, 255])
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png")[0], [palette[0], palette[-1], [255, 255, 255]])
 
 
 def test_a_chunk_that_ends_after_the_file_is_damage(tmp_path):

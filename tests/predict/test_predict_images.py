@@ -1,10 +1,13 @@
 """Predicted images as files: names, sizes, palettes, the formats of the servers, and bad input."""
 
+import argparse
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from dfn_fast import cli
@@ -44,6 +47,15 @@ def test_options_of_the_pictures(checkpoint, model):
     np.testing.assert_array_equal(border, np.rint(255 * Predictor(model, amp="off").border(image)))
     assert run(checkpoint, "a.png", "--output-dir", "two", "--alpha", "0") == 0
     np.testing.assert_array_equal(read_image("two/a_overlay.png"), image)
+
+
+def test_borders_are_rounded_to_the_nearest_grey():
+    parts = np.array([[0, 0.4, 0.6, 1, 127.4, 127.6, 254.4, 254.6, 255]]) / 255
+    arguments = argparse.Namespace(batch_size=1)
+    predictor = SimpleNamespace(border=lambda image: parts, device=torch.device("cpu"))
+    border = prediction.Prediction(predictor, PALETTE, arguments).border(picture(0))
+    assert border.dtype == np.uint8
+    assert border.tolist() == [[0, 0, 1, 1, 127, 128, 254, 255, 255]]
 
 
 def test_folders_are_read_in_depth_and_kept_in_the_names(checkpoint):

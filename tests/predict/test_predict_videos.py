@@ -115,6 +115,20 @@ def test_an_interrupted_video_is_continued_to_the_same_files(checkpoint, batch_s
     assert batches == []
 
 
+@pytest.mark.parametrize(("height", "width"), [(52, 40), (40, 60), (44, 52)])
+def test_frames_of_an_earlier_run_at_another_size_are_made_again(checkpoint, height, width):
+    arguments = (checkpoint, "trip.avi", "--frames", "--border", "--no-overlay", "--output-dir", "out")
+    write_video("trip.avi", 3, height, width)
+    assert run(*arguments) == 0
+    Path("out/trip_frames/frames.json").unlink()  # as if it had been interrupted
+    write_video("trip.avi", 3)
+    Path("out/trip_frames/000002.png").unlink()
+    with segmenting() as batches:
+        assert run(*arguments, "--skip-existing") == 0
+    assert sum(batches) == 3
+    assert {read_label(path).shape for path in Path("out/trip_frames").glob("*.png")} == {(40, 52)}
+
+
 def test_frames_are_made_where_only_the_overlay_exists(checkpoint):
     write_video("trip.avi", 3)
     assert run(checkpoint, "trip.avi", "--output-dir", "out") == 0
