@@ -237,7 +237,7 @@ def _must_differ(a: str, b: str) -> bool:
 
 
 def _held_out(split: str) -> bool:
-    name = Path(split).stem  # a list's split may be a path
+    name = Path(split).stem.casefold()  # a list's split may be a path
     return ("val" in name or "test" in name) and not name.startswith("train")
 
 

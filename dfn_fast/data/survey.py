@@ -64,7 +64,7 @@ class Survey:
     def _question(self) -> str:
         """Drawing tools save an object in white, which is 255."""
         names, absent = self.dataset.classes, self.absent
-        if not self.pixels[IGNORE] or not (len(self.present) == 1 or len(names) == 2):
+        if not self.pixels[IGNORE] or len(self.present) > 1:
             return ""
         meant = repr(names[absent[0]]) if len(absent) == 1 else "a class"
         value = str(absent[0]) if len(absent) == 1 else "the id of that class"

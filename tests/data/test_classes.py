@@ -217,7 +217,8 @@ class TestPalettes:
         write("classes.txt", self.TABLE + "blue 30 30 200\n")
         label("train", "a", self.RGB)  # then 99 99 99, for 3 and for 255
         label("train", "b", self.RGB + ", 5 5 5")
-        assert len(self.read(tmp_path)) == 2
+        label("train", "c", self.RGB + ", 7 7 7" * 253)
+        assert len(self.read(tmp_path)) == 3
 
     def test_of_another_order_than_vocs_are_refused(self, tmp_path, write, write_pair):
         path = write_pair("JPEGImages/a.jpg", "SegmentationClass/a.png")

@@ -1,5 +1,6 @@
 """Data sets by name, joined splits, and wrong images and labels."""
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -165,6 +166,12 @@ class TestFiles:
     def test_label_of_other_channels(self, read, label, kind):
         with pytest.raises(DataError, match=rf"masks.a\.png: expected a label with one 8-bit channel.* got {kind}"):
             read(mask=Image.fromarray(label))
+
+    def test_label_that_is_a_jpeg_by_another_name(self, read):
+        content = io.BytesIO()
+        Image.fromarray(np.zeros((4, 6), np.uint8)).save(content, "JPEG")
+        with pytest.raises(DataError, match=r"masks.a\.png: this label is a JPEG, whose compression changes class ids"):
+            read(mask=content.getvalue())
 
     @pytest.mark.parametrize("value", [3, 254])
     def test_label_value_that_is_no_class(self, read, value):

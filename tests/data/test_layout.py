@@ -90,10 +90,11 @@ class TestContradictions:
         with pytest.raises(DataError, match=f"images: 1 images lie in the folder of no split or of two, such as {odd}"):
             names(tmp_path, "train")
 
-    def test_images_in_the_root_and_in_train(self, tmp_path, pairs):
+    @pytest.mark.parametrize("split", ["train", "valid"])
+    def test_images_in_the_root_and_in_a_split(self, tmp_path, pairs, split):
         pairs("a")
-        pairs("b", home="train/")
-        with pytest.raises(DataError, match=rf"{tmp_path}/images and {tmp_path}/train/images both hold images"):
+        pairs("b", home=f"{split}/")
+        with pytest.raises(DataError, match=rf"{tmp_path}/images and {tmp_path}/{split}/images both hold images"):
             names(tmp_path, "train")
 
     def test_two_folders_of_one_split(self, tmp_path, pairs):
@@ -115,8 +116,9 @@ class TestContradictions:
     def test_a_third_folder_is_passed_over_and_told(self, tmp_path, pairs):
         pairs(*"abcd")
         pairs("a", "e", home="old/")
+        pairs("a", "e", home=".cache/")
         assert names(tmp_path, "train") + names(tmp_path, "val") == ["b", "d", "a", "c"]
-        assert f"{tmp_path}/old/images: passed over" in note(tmp_path)
+        assert f" {tmp_path}/old/images: passed over" in note(tmp_path)
 
     def test_an_empty_folder_in_the_root_hides_nothing(self, tmp_path, pairs):
         (tmp_path / "images").mkdir()
@@ -168,6 +170,16 @@ class TestLists:
         with pytest.raises(DataError, match=r"val\.txt and .*valid\.txt are the same split"):
             names(tmp_path, "val")
 
+    def test_what_they_leave_out_need_not_be_whole(self, tmp_path, write):
+        write("train.txt", "a\n")
+        (tmp_path / "masks/b.png").unlink()
+        (tmp_path / "images/c.png").unlink()
+        assert names(tmp_path, "train") == ["a"]
+
+    def test_one_of_test_images_alone_is_no_split(self, tmp_path, write):
+        write("test.txt", "whatever\n")
+        assert "There is no split" in note(tmp_path)
+
     def test_beside_folders_of_splits_they_are_passed_over(self, tmp_path, write, pairs):
         write("root/train.txt", "q\n")
         pairs("p", home="root/train/")
@@ -182,6 +194,10 @@ class TestChosen:
             f"There is no split in {tmp_path}/images, so about every fifth image, chosen by a hash of its name, is val "
             "(to choose, make images/train and images/val): 2 train, 2 val"
         )
+
+    def test_an_image_may_be_called_as_a_split(self, tmp_path, pairs):
+        pairs("train", "val", "a", "b")
+        assert len(names(tmp_path, "train")) + len(names(tmp_path, "val")) == 4
 
     def test_images_of_one_folder_stay_together(self, tmp_path, pairs):
         folders = ["", "day", "night", "night/rain", "fog", "snow"]

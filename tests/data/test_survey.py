@@ -39,6 +39,10 @@ def test_a_class_in_one_label_is_found_wherever_it_is(listed):
         assert survey(listed(*labels)).warnings == []
 
 
+def test_labels_are_read_all_over_the_data_set(listed):
+    assert survey(listed(*[[0]] * 25, *[[1]] * 25)).read < 10
+
+
 def test_absent_classes_are_named(listed):
     found = survey(listed([0, 1, 255], [1], classes="sky road sea ice"))
     assert found.warnings == ["classes that are in no label: sea, ice (2 of 2 labels read)"]
@@ -67,8 +71,10 @@ def test_one_class_is_refused_and_255_asked_about(listed, values, classes, quest
 
 
 def test_no_labelled_pixel_is_refused(listed):
+    found = survey(listed([255]))
     with pytest.raises(DataError, match=r"no label of split 'train' has a pixel of a class, all are 255 \(1 of 1"):
-        survey(listed([255])).require_trainable()
+        found.require_trainable()
+    assert "100 % of the pixels are 255, which is ignored: is it meant as a class?" in found.warnings[0]
 
 
 def test_values_that_a_data_set_takes_for_void_are_named(tmp_path, write):
