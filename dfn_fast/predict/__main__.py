@@ -25,18 +25,20 @@ For INPUT photos/ with photos/night/a.jpg, --output-dir gets:
   night/a_overlay.png    the image with the classes' colours over it
   night/a_border.png     with --border: probability of a border, 0..255
   legend.png             colours and names of the classes
-An INPUT that is an image file gives NAME.png. A .txt file lists one path per line, relative to its own folder or the
-current one; a label after a tab or space is ignored.
+An INPUT that is an image file gives NAME.png. A folder gives every image below it, also through links and whatever
+its suffix; one line says which other files are passed over. A .txt file lists one path per line, relative to its own
+folder or the current one; a label after a tab or space is ignored.
 
-For INPUT trip.mp4 (also .avi .mov .mkv .webm .m4v; videos in a folder are skipped), camera:0 or rtsp://host/front:
+For INPUT trip.mp4 (also .avi .mov .mkv .webm .m4v; name a video in a folder itself), camera:0 or rtsp://host/front:
   trip_overlay.mp4       the video with the classes' colours over it, without sound; camera_0_..., front_...
   trip_frames/000000.png with --frames: class ids of each frame, and frames.json once all are written; with --border
                          also 000000_border.png
 A camera or stream is recorded until Ctrl-C, or for --limit frames. A video whose end is missing counts as failed; its
 readable frames are written to trip_overlay_truncated.mp4.
 
-An image or video that cannot be read is reported and skipped, and the exit code is 1. After an interruption the same
-command with --skip-existing does the rest; for a video with --frames it computes only the missing frames.
+An image or video that cannot be read, or not within --file-timeout, is reported and skipped, and the exit code is 1.
+After an interruption the same command with --skip-existing does the rest; for a video with --frames it computes only
+the missing frames.
 
 --format voc           results/VOC2012/Segmentation/comp6_test_cls/ID.png and nothing else. Upload the archive that
                        `tar czf results.tgz results` makes there. comp6 is for training with data beyond VOC's, such as
@@ -113,8 +115,7 @@ def _check_options(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--alpha {arguments.alpha:g}: expected 0..1")
     if arguments.border and arguments.format != "plain":
         raise ConfigError(f"--border: the server takes no borders; leave it out, or --format {arguments.format}")
-    if not 0 <= arguments.file_timeout <= MOST_FILE_SECONDS:
-        raise ConfigError(f"--file-timeout {arguments.file_timeout:g}: expected 0..{MOST_FILE_SECONDS} (seconds)")
+    cli.require_range("--file-timeout", arguments.file_timeout, 0, MOST_FILE_SECONDS)
     for name in ("batch_size", "limit"):
         value = getattr(arguments, name)
         if value is not None and value < 1:

@@ -83,6 +83,12 @@ class TestMetadata:
         Image.fromarray(PIXELS).convert("CMYK").save(tmp_path / "a.jpg", quality=95)
         with Image.open(tmp_path / "a.jpg") as image:
             np.testing.assert_array_equal(read_image(tmp_path / "a.jpg"), np.array(image.convert("RGB")))
+        plain = jpeg()
+        not_ycc = plain[:2] + segment(0xEE, b"Adobe\0d" + bytes(5)) + plain[20:]  # in place of the JFIF segment
+        (tmp_path / "a.jpg").write_bytes(not_ycc)
+        with Image.open(tmp_path / "a.jpg") as image, Image.open(io.BytesIO(plain)) as other:
+            np.testing.assert_array_equal(read_image(tmp_path / "a.jpg"), np.array(image))
+            assert not np.array_equal(image, other)
 
     @pytest.mark.parametrize("form", ["PNG", "JPEG", "TIFF", "WEBP"])
     def test_an_orientation_turns_the_pixels_and_is_told(self, tmp_path, form):
@@ -180,6 +186,9 @@ class TestTiffs:
         for compression in ("raw", "tiff_lzw"):
             Image.fromarray(PIXELS).save(tmp_path / "a.tif", compression=compression)
             np.testing.assert_array_equal(read_image(tmp_path / "a.tif"), PIXELS)
+        with open_image(tmp_path / "a.tif"):
+            read_image(tmp_path / "a.tif")  # as another thread does
+            assert Image.MAX_IMAGE_PIXELS is None
         assert Image.MAX_IMAGE_PIXELS == 100
 
 

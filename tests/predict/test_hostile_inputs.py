@@ -91,10 +91,10 @@ def test_a_video_that_takes_too_long_fails_alone_and_is_not_released_while_it_is
     assert "1 of 2 videos failed:\n  trip.avi: it was not read within 0.5 s" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("value", ["-1", "nan", "1e9"])
-def test_a_time_that_is_none_is_an_error(checkpoint, value):
+@pytest.mark.parametrize(("value", "text"), [("-1", "at least 0"), ("nan", "finite"), ("1e9", "at most 86400")])
+def test_a_time_that_is_none_is_an_error(checkpoint, value, text):
     write_image("a.png", picture(0))
-    with pytest.raises(ConfigError, match=r"--file-timeout .*: expected 0\.\.86400"):
+    with pytest.raises(ConfigError, match=f"--file-timeout must be {text}"):
         run(checkpoint, "a.png", "--output-dir", "out", "--file-timeout", value)
 
 

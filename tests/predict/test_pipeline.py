@@ -300,10 +300,12 @@ def test_a_job_that_cannot_be_weighed_fails_alone_and_a_video_may_end_where_ther
     def read(job):
         if job == 4:
             raise NoMoreImages
+        if job == 2:
+            raise UserError("damaged")  # and its bytes are free
         return stages.read(job)
 
     pipeline = stages.pipeline(batch_size=2, writers=1, weigh=weigh, most_bytes=100)
     pipeline.read = read
     pipeline(count())
-    assert stages.written == [0, 2, 3]
-    assert sorted(stages.reports) == [(0, None), (1, "heavy"), (2, None), (3, None)]
+    assert stages.written == [0, 3]
+    assert sorted(stages.reports) == [(0, None), (1, "heavy"), (2, "damaged"), (3, None)]

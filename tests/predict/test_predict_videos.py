@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -144,6 +145,7 @@ class Camera:
         self.frames = 0
 
     def read(self):
+        time.sleep(0.02)
         self.frames += 1
         return True, picture(self.frames)
 
@@ -158,7 +160,7 @@ def test_a_camera_is_recorded_until_ctrl_c_or_the_limit(checkpoint, capsys):
     arguments = (checkpoint, "camera:0", "--frames", "--output-dir")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dfn_fast.media.video.open_capture", lambda source: Camera())
-        assert run(*arguments, "limited", "--limit", 4) == 0
+        assert run(*arguments, "limited", "--limit", 4, "--file-timeout", "0.01") == 0  # a camera may take any time
         with segmenting(stop_after=4):
             assert run(*arguments, "stopped") == 0
         assert "1 video, 4 frames" in capsys.readouterr().out
