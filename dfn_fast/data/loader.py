@@ -295,6 +295,11 @@ class AugmentedSamples(Dataset):
             return *self.transform(image, label, rng), name
         except UserError as error:
             return error
+        except (MemoryError, cv2.error) as error:
+            return DataError(
+                f"{sample_text(self.dataset, key.number)}: this sample cannot be scaled and cropped ({error}); is the "
+                "image too large for --scales, or is there too little memory for --workers?"
+            )
 
 
 def collate(samples: list) -> Batch | UserError:

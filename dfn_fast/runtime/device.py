@@ -35,6 +35,11 @@ def choose_device(name: str, world: World = ALONE) -> torch.device:
     return device
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Whether the device, or the host, had too little memory."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
+
+
 def choose_amp(name: str, device: torch.device) -> torch.dtype | None:
     """The dtype of autocast, or None for float32."""
     if name == "auto":

@@ -6,6 +6,8 @@ import contextlib
 from dfn_fast import cli
 from dfn_fast.checkpoint.archive import read_file
 from dfn_fast.config import TrainConfig
+from dfn_fast.errors import ConfigError
+from dfn_fast.runtime.device import out_of_memory
 from dfn_fast.runtime.processes import Agent, World, processes
 from dfn_fast.runtime.signals import Stopped, StopRequest
 from dfn_fast.train.folder import RunFolder, default_folder
@@ -34,6 +36,10 @@ def main(argv: list[str] | None = None) -> int:
                 return stop.exit_code if stop.requested else 0
             except NonFiniteLoss as error:
                 raise NonFiniteLoss(f"{error} (the last finite checkpoint is {folder.last})") from error
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                raise ConfigError(_memory_advice(run)) from error
         return finish(run) if world.is_first else 0
 
 
@@ -77,6 +83,15 @@ def begin(arguments: argparse.Namespace, stop: StopRequest, world: World, lock: 
     if world.is_first:
         agent.keep(folder.path)
     return run
+
+
+def _memory_advice(run: Run) -> str:
+    config, crop = run.config, "x".join(map(str, run.config.crop))
+    return (
+        f"the memory of {run.device} is too small for iteration {run.position.iteration + 1}, with --batch-size "
+        f"{config.batch_size} and --crop {crop}: continue with --resume --memory norm or blocks, or start a new run with "
+        "less of either (--accumulate makes steps larger again), or with fewer --channels"
+    )
 
 
 def finish(run: Run) -> int:

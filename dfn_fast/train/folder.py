@@ -83,7 +83,8 @@ class RunFolder:
         for path in (self.config_file, self.summary_file):
             require_regular(path, ConfigError, "file of a run", MAX_TEXT)
         require_regular(self.metrics_file, ConfigError, "file of a run", MAX_METRICS)
-        for path in (self.last, self.previous, self.best, self.curves, self.predictions, self.lock_file):
+        checkpoints = (self.last, self.previous, self.best)
+        for path in (*checkpoints, self.curves, self.predictions, self.path / "trace.json.gz", self.lock_file):
             require_regular(path, ConfigError, "file of a run")
 
     def start(self, config: TrainConfig) -> None:

@@ -10,6 +10,7 @@ import textwrap
 import threading
 import time
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -101,6 +102,15 @@ def test_workers_do_not_change_what_is_drawn():
     alone, helped = loader(), loader(workers=2)
     for epoch in (0, 1, 0):
         assert_same(list(alone.epoch(epoch)), list(helped.epoch(epoch)))
+
+
+@pytest.mark.parametrize("error", [MemoryError, cv2.error("Failed to allocate 9 bytes")])
+def test_a_sample_that_takes_too_much_memory_is_named(error):
+    def fail():
+        raise error
+
+    with pytest.raises(DataError, match=r"sample 'images/4\.png' of split 'train': this sample cannot be scaled"):
+        list(loader(Fatal(4, fail)).epoch(0))
 
 
 @pytest.mark.parametrize("processes", [1, 2])

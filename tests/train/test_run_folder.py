@@ -102,7 +102,7 @@ def make_huge(path):
 
 
 TEXTS = ["config.json", "metrics.jsonl", "summary.json"]
-NAMES = [*TEXTS, "last.pth", "previous.pth", "best.pth", "curves.png", "predictions.png", "run.lock"]
+NAMES = [*TEXTS, "last.pth", "previous.pth", "best.pth", "curves.png", "predictions.png", "trace.json.gz", "run.lock"]
 KINDS = ((make_pipe, "pipe"), (make_device, "device"), (Path.mkdir, "folder"))
 ODD = [(name, *kind) for name in NAMES for kind in KINDS]
 ODD += [(name, make_huge, "has 1099511627776 bytes") for name in TEXTS]

@@ -198,6 +198,27 @@ def test_a_loss_that_is_not_finite_names_iteration_images_and_checkpoint(tiny):
         tiny("run", "--lr", "1e6")
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        MemoryError(),
+    ],
+    ids=["device", "host", "Python"],
+)
+def test_a_step_that_takes_too_much_memory_says_what_to_lower(tiny, tmp_path, monkeypatch, error):
+    def step(*_):
+        raise error
+
+    monkeypatch.setattr(Trainer, "step", step)
+    with pytest.raises(
+        ConfigError, match=r"memory of cpu is too small for iteration 1, with --batch-size 3 and --crop"
+    ):
+        tiny("run")
+    assert read_file(tmp_path / "run" / "last.pth")["position"]["iteration"] == 0
+
+
 def test_weights_that_are_not_finite_are_not_saved(tiny, monkeypatch):
     run = tiny("run", "--stop-after", "1")
     before = run.last.read_bytes()
@@ -335,10 +356,10 @@ def test_accumulated_gradients_are_the_mean(tiny):
 
 def test_a_worker_that_dies_or_hangs_ends_the_run_with_its_sample(tiny, photos, monkeypatch):
     def hostile(how):
-        def read(path):
+        def read(path, *more):
             if str(path).endswith("train/images/07.png") and multiprocessing.parent_process() is not None:
                 how()
-            return real(path)
+            return real(path, *more)
 
         return read
 
