@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from torch.distributed.fsdp import FSDPModule
 
 import dfn_fast.evaluate.__main__
 import dfn_fast.train.__main__
@@ -26,6 +27,7 @@ from dfn_fast.data.registry import build_dataset
 from dfn_fast.data.transforms import TrainTransform
 from dfn_fast.errors import ConfigError, UserError
 from dfn_fast.inference.predictor import Predictor
+from dfn_fast.network.backbone import BasicBlock
 from dfn_fast.network.fast import FastDFN
 from dfn_fast.network.losses import SigmoidFocalLoss
 from dfn_fast.network.recompute import set_recompute
@@ -253,7 +255,8 @@ def resumed(world: World) -> dict:
     state = trainer.state()
     assert world.is_first or not state["model"]
     same = all(torch.equal(tensor, whole.state_dict()[name]) for name, tensor in state["model"].items())
-    return {"losses": losses, "model": state["model"], "optimizer": state["optimizer"], "same": same}
+    units = [name for name, module in trainer.model.named_modules() if isinstance(module, FSDPModule)]
+    return {"losses": losses, "model": state["model"], "optimizer": state["optimizer"], "same": same, "units": units}
 
 
 @pytest.fixture(scope="module")
@@ -364,6 +367,10 @@ def test_checkpoints_go_from_plain_to_sharded_and_back(pair):
     losses = losses_of(plain, ALONE, 2, first=3)
     assert found["resumed"]["losses"] == pytest.approx(losses, rel=1e-5)
     assert found["resumed"]["same"]
+    # Each block of the backbone is whole only while it runs, and so is the rest of the network as one.
+    blocks = [name for name, module in plain.model.named_modules() if isinstance(module, BasicBlock)]
+    assert len(blocks) >= 4
+    assert found["resumed"]["units"] == ["", *blocks]
     # The sharded run's checkpoint loads into a plain trainer with all weights and momenta.
     again = trainer_of(ALONE)
     again.load_state({**plain.state(), **{key: found["resumed"][key] for key in ("model", "optimizer")}})

@@ -110,6 +110,9 @@ def test_labels_and_borders_have_a_share_each():
     with patch.object(World, "sum", lambda self, own: own + others):
         shares = valid_shares(World(0, 2), labels, borders)
     torch.testing.assert_close(shares, torch.tensor([2 * 4 / 16, 2 * 12 / 16]))
+    nothing = torch.full_like(labels, 255)
+    with patch.object(World, "sum", lambda self, own: own):  # nowhere a valid pixel
+        assert valid_shares(World(0, 2), nothing, nothing).tolist() == [0, 0]
 
 
 def test_the_scale_of_the_loss_continues():
