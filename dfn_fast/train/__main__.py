@@ -89,8 +89,8 @@ def _memory_advice(run: Run) -> str:
     config, crop = run.config, "x".join(map(str, run.config.crop))
     return (
         f"the memory of {run.device} is too small for iteration {run.position.iteration + 1}, with --batch-size "
-        f"{config.batch_size} and --crop {crop}: continue with --resume --memory norm or blocks, or start a new run with "
-        "less of either (--accumulate makes steps larger again), or with fewer --channels"
+        f"{config.batch_size} and --crop {crop}: continue with --resume --memory norm or blocks, or start a new run "
+        "with less of either (--accumulate makes steps larger again), or with fewer --channels"
     )
 
 
