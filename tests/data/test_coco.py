@@ -230,6 +230,13 @@ def test_outlines_have_limits(coco, polygon, message):
         dataset.label(0)
 
 
+@pytest.mark.parametrize("counts", [[1, 2998], [1, 3000], [3001, -1], [1500.5, 1499.5], [], [True, 2999]])
+def test_runs_must_cover_the_image(coco, counts):
+    dataset = CocoDataset(coco([instance(1, 1, {"counts": counts, "size": [50, 60]}, 1600)]), "val2017")
+    with pytest.raises(DataError, match="the runs do not cover the image"):
+        dataset.label(0)
+
+
 def test_sizes_are_compared_before_anything_is_drawn(coco, monkeypatch):
     root = edited(
         coco([instance(1, 1, box(0, 0, 40, 40), 1600)]), lambda content: content["images"][0].update(width=16384)

@@ -64,14 +64,14 @@ class TestFolder:
             ("a_mask.png", r"; is it a_mask\.png\? Then give both the same name"),
             ("b.npy", ""),
             ("b.png", ""),
-            ("A.png", ""),
+            ("A.PNG", r"; is it A\.PNG\? Then give both the same name"),
         ],
     )
     def test_what_might_have_been_meant_is_told(self, tmp_path, write, write_pair, mask, hint):
         write_pair("images/night/a.png", "masks/c.png")
         (tmp_path / "masks/c.png").unlink()
         write(f"masks/night/{mask}", b"\0\0\0\x18ftypheic" if "HEIC" in mask else np.zeros((4, 6), np.uint8).tobytes())
-        if mask.endswith(".png"):
+        if mask.lower().endswith(".png"):
             write(f"masks/night/{mask}", np.zeros((4, 6), np.uint8))
         with pytest.raises(DataError, match=rf"images/night/a\.png: no label with this stem{hint}(\n|$)"):
             FolderDataset(tmp_path, "train", num_classes=2)

@@ -119,6 +119,28 @@ class TestContradictions:
         pairs("a", "e", home=".cache/")
         assert names(tmp_path, "train") + names(tmp_path, "val") == ["b", "d", "a", "c"]
         assert f" {tmp_path}/old/images: passed over" in note(tmp_path)
+        assert names(tmp_path, "old") == ["a", "e"]
+        assert note(tmp_path, "old") == ""
+
+    def test_a_folder_of_test_images_is_a_split_beside_one_that_is_chosen(self, tmp_path, pairs):
+        pairs(*"abcd")
+        pairs("e", home="testing/")
+        assert names(tmp_path, "train") == ["b", "d"]
+        assert names(tmp_path, "test") == ["e"]
+        with pytest.raises(ConfigError, match="has no split 'extra'; it has train, val"):
+            names(tmp_path, "extra")
+
+    def test_another_split_may_be_broken_and_a_backup_have_other_classes(self, tmp_path, pairs, write):
+        for home in ("train/", "val/", "backup/"):
+            pairs("a", "b", home=home)
+        pairs("c")
+        (tmp_path / "images/c.png").rename(tmp_path / "val/masks/a.tif")
+        (tmp_path / "masks/c.png").unlink()
+        write("classes.txt", "x\ny\n")
+        write("backup/classes.txt", "y\nx\n")
+        assert FolderDataset(tmp_path, "train").names() == ["a", "b"]
+        with pytest.raises(DataError, match=r"a\.tif: a\.png has the same stem"):
+            FolderDataset(tmp_path, "val")
 
     def test_an_empty_folder_in_the_root_hides_nothing(self, tmp_path, pairs):
         (tmp_path / "images").mkdir()

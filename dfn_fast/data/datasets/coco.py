@@ -107,7 +107,8 @@ def _decode(segmentation: list | dict, height: int, width: int) -> np.ndarray:
             return np.zeros((height, width), bool)
         code = masks.merge(masks.frPyObjects(polygons, height, width))
     elif isinstance(segmentation["counts"], list):
-        if min(segmentation["counts"]) < 0 or sum(segmentation["counts"]) != height * width:
+        runs = segmentation["counts"]
+        if not all(type(run) is int and run >= 0 for run in runs) or sum(runs) != height * width:
             raise ValueError("the runs do not cover the image")
         code = masks.frPyObjects(segmentation, height, width)
     else:

@@ -1,5 +1,6 @@
 """Which images of data set ``folder`` belong to a split: as the user chose, or else by a hash."""
 
+import contextlib
 import hashlib
 import os
 import re
@@ -49,6 +50,8 @@ def find_part(root: Path, split: str) -> Part:
             f"{root / 'images'} and {listed(str(f / 'images') for f in rivals)} both hold images; "
             "keep one of the two, as it is not clear which is the data set"
         )
+    if asked := [folder for folder in beside if split_name(folder.name) == split_name(split)]:
+        return _from_split_folder(root, asked, split)
     part = _from_one_folder(root, lists, split)
     others = [f"{listed(str(f / 'images') for f in beside)}: passed over, {root / 'images'} is the data set"]
     return part._replace(notes=part.notes + (others if beside else []))
@@ -86,8 +89,12 @@ def _from_split_folder(root: Path, folders: list[Path], split: str) -> Part:
     home = found[0]
     images, masks = _files(home)
     notes = [f"Split {split} is folder {home.name}: {len(images.files)} images"] if home.name != split else []
-    others = [find_images(folder / "masks", nested=True).files for folder in folders]
-    return Part(images, masks, set(images.files), home, folders, [*map(_first, filter(None, others))], notes)
+    homes = [folder for folder in folders if folder == home or split_name(folder.name) in _SPLITS]
+    samples = []
+    for folder in homes:
+        with contextlib.suppress(DataError):  # whoever reads that split says so
+            samples.append(find_images(folder / "masks", nested=True).files)
+    return Part(images, masks, set(images.files), home, homes, [*map(_first, filter(None, samples))], notes)
 
 
 def _from_one_folder(root: Path, lists: dict[str, Path], split: str) -> Part:

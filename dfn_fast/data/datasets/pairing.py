@@ -82,15 +82,16 @@ def _without_partner(files: Found, others: Found, what: str) -> list[str]:
     problems = []
     unread = {composed(path.stem): path for path in others.passed_over}
     stems = sorted(others.files)
+    folded = {stem.casefold(): path for stem, path in others.files.items()}
     for stem in sorted(files.files.keys() - others.files.keys()):
         hint = ""
         after = bisect.bisect(stems, stem)
-        longer = stems[after : after + 1]  # the next stem, in which a mask's ending may follow
+        longer = [other for other in stems[after : after + 1] if other.startswith(stem)]  # a mask's ending may follow
         if path := unread.get(PurePosixPath(stem).name):
             kind = picture_format(path)
             hint = f"; {path.name} is there, but {f'{kind} is not read' if kind else 'it is no image'}; save it as PNG"
-        elif longer and longer[0].startswith(stem):
-            hint = f"; is it {others.files[longer[0]].name}? Then give both the same name"
+        elif path := folded.get(stem.casefold()) or next((others.files[other] for other in longer), None):
+            hint = f"; is it {path.name}? Then give both the same name"
         problems.append(f"{files.files[stem]}: no {what} with this stem{hint}")
     return problems
 
