@@ -117,6 +117,14 @@ def test_spaces_suffixes_and_windows_lists(devkit, write, write_pair, lines):
     assert fills(VocDataset(devkit, "val")) == {"img 1": 5}
 
 
+def test_of_two_readings_of_a_line_the_one_whose_files_exist_is_meant(devkit, write, write_pair):
+    for name, fill in (("x", 5), ("x.jpg 1", 6)):
+        write_pair(f"{HOME}/JPEGImages/{name}.jpg", f"{HOME}/SegmentationClass/{name}.png", fill=fill)
+    line = "JPEGImages/x.jpg 1.jpg SegmentationClass/x.jpg 1.png"
+    write(f"{HOME}/ImageSets/Segmentation/val.txt", line)
+    assert fills(VocDataset(devkit, "val")) == {"x.jpg 1": 6}
+
+
 def test_a_name_may_begin_as_a_comment_and_letters_be_composed(devkit, write, write_pair):
     for name, fill in (("#1", 5), ("u\u0308", 6)):
         write_pair(f"{HOME}/JPEGImages/{name}.jpg", f"{HOME}/SegmentationClass/{name}.png", fill=fill)
@@ -132,6 +140,9 @@ def test_other_lists_of_vocs_are_named(devkit, write, write_pair):
         write_pair(f"{HOME}/JPEGImages/{name}.jpg", "elsewhere.png")
     write(f"{HOME}/ImageSets/Segmentation/val.txt", "x\ny\n")
     with pytest.raises(DataError, match=r"val\.txt: none of its images has a label in .*those of test"):
+        VocDataset(devkit, "val")
+    (devkit / "JPEGImages/x.jpg").unlink()
+    with pytest.raises(DataError, match=r"x\.jpg: this image does not exist"):
         VocDataset(devkit, "val")
 
 

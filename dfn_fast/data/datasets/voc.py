@@ -113,7 +113,7 @@ class _Lines:
         pairs = [(self._path(image), self._path(label)) for image, label in two_paths(line)]
         likely = [pair for pair in pairs if self.exists(pair[0])] or pairs[: len(fields) == 2]
         if likely:
-            image, label = min(likely, key=lambda pair: (not self.exists(pair[1]), pair[0].stem != pair[1].stem))
+            image, label = min(likely, key=lambda pair: not self.exists(pair[1]))
             return Pair(image, label, image.stem)
         if len(fields) > 1:
             raise DataError(f"expected an image id, or an image and a label path, got {shortened(line)!r}")
