@@ -3,6 +3,8 @@
 import argparse
 import dataclasses
 import json
+import os
+import sys
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from dfn_fast.errors import CheckpointError, ConfigError, DataError
 from dfn_fast.train.folder import RunFolder
 from dfn_fast.train.options import RESUMABLE, resumed_config
 from dfn_fast.train.resume import require_finite, require_same_config
+from dfn_fast.train.run import Run
 from support.networks import narrow_resnet
 from support.runs import differences, timeless_metrics
 
@@ -210,6 +213,25 @@ def test_another_number_of_threads_is_noted(tiny, capsys):
     told = capsys.readouterr().err
     assert f"was written with device 'cpu, 99 threads', now 'cpu, {torch.get_num_threads()} threads': the numb" in told
     assert "processes" not in told
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX")
+def test_a_run_looks_at_its_folder_and_locks_it(tiny, tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    os.mkfifo(tmp_path / "run" / "metrics.jsonl")
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl: expected a regular file, got a pipe"):
+        tiny("run")
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    holders = []
+    monkeypatch.setattr(Run, "show", lambda self, *_: holders.append(self.folder.lock_file.read_text()))
+    run = tiny("run", "--stop-after", "1")
+    tiny("run", "--resume", "--stop-after", "2")
+    assert [holder.split(" on ")[0] for holder in holders] == [f"process {os.getpid()}"] * 2
+    assert not run.lock_file.exists()
+    run.metrics_file.unlink()
+    os.mkfifo(run.metrics_file)
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl: expected a regular file, got a pipe"):
+        tiny("run", "--resume")
 
 
 @pytest.mark.parametrize("part", ["weight", "momentum", "beyond float32"])
