@@ -22,7 +22,7 @@ from typing import Any
 
 from dfn_fast.checkpoint.archive import read_file, save_atomic
 from dfn_fast.config import LARGEST, TrainConfig, load_config
-from dfn_fast.errors import CheckpointError, ConfigError, OutputError
+from dfn_fast.errors import CheckpointError, ConfigError, OutputError, listed
 from dfn_fast.files import MAX_TEXT, clear_leftovers, finite, require_regular, write_json, write_text
 from dfn_fast.runtime.lock import locked
 
@@ -43,6 +43,8 @@ class RunFolder:
         self.curves = self.path / "curves.png"
         self.predictions = self.path / "predictions.png"
         self.lock_file = self.path / "run.lock"
+        self._written = [self.config_file, self.last, self.previous, self.best, self.metrics_file, self.summary_file]
+        self._written += [self.curves, self.predictions, self.path / "trace.json.gz"]
         self.last_is_whole = True  # False if it was found damaged: it must not replace previous.pth
 
     @property
@@ -51,9 +53,12 @@ class RunFolder:
         return self.last if self.last_is_whole else self.previous
 
     def require_no_run(self) -> None:
-        if self.config_file.exists() or self.last.exists() or self.previous.exists():
+        """Raises :class:`ConfigError` if the folder holds a file that a run would write."""
+        held = [path.name for path in self._written if os.path.lexists(path)]
+        if held:
             raise ConfigError(
-                f"--output-dir {self.path} holds a run already; add --resume to continue it, or choose another folder"
+                f"--output-dir {self.path} holds a run already ({listed(held)}); add --resume to continue it, or "
+                "choose another folder"
             )
 
     @contextlib.contextmanager
@@ -83,8 +88,7 @@ class RunFolder:
         for path in (self.config_file, self.summary_file):
             require_regular(path, ConfigError, "file of a run", MAX_TEXT)
         require_regular(self.metrics_file, ConfigError, "file of a run", MAX_METRICS)
-        checkpoints = (self.last, self.previous, self.best)
-        for path in (*checkpoints, self.curves, self.predictions, self.path / "trace.json.gz", self.lock_file):
+        for path in (*self._written, self.lock_file):
             require_regular(path, ConfigError, "file of a run")
 
     def start(self, config: TrainConfig) -> None:

@@ -219,7 +219,7 @@ def test_another_number_of_threads_is_noted(tiny, capsys):
 def test_a_run_looks_at_its_folder_and_locks_it(tiny, tmp_path, monkeypatch):
     (tmp_path / "run").mkdir()
     os.mkfifo(tmp_path / "run" / "metrics.jsonl")
-    with pytest.raises(ConfigError, match=r"metrics\.jsonl: expected a regular file, got a pipe"):
+    with pytest.raises(ConfigError, match=r"holds a run already \(metrics\.jsonl\)"):
         tiny("run")
     (tmp_path / "run" / "metrics.jsonl").unlink()
     holders = []

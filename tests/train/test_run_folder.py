@@ -18,9 +18,16 @@ def test_a_folder_that_holds_a_run_is_not_reused(tmp_path):
     folder = RunFolder(tmp_path / "run")
     with folder.alone():
         folder.start(recipe("camvid"))
-    with pytest.raises(ConfigError, match="holds a run already; add --resume"):
+    with pytest.raises(ConfigError, match=r"holds a run already \(config\.json\); add --resume"):
         RunFolder(tmp_path / "run").start(recipe("voc"))
     assert '"recipe": "camvid"' in folder.config_file.read_text()
+
+
+@pytest.mark.parametrize("name", ["last.pth", "best.pth", "metrics.jsonl", "summary.json", "predictions.png"])
+def test_nothing_that_a_run_left_is_overwritten(tmp_path, name):
+    (tmp_path / name).symlink_to("elsewhere")  # also not through a link
+    with pytest.raises(ConfigError, match=rf"holds a run already \({re.escape(name)}\); add --resume"):
+        RunFolder(tmp_path).require_no_run()
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
