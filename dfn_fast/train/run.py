@@ -34,7 +34,7 @@ from dfn_fast.train.resume import (
     require_same_data,
     tell_of_another_machine,
 )
-from dfn_fast.trainer.build import build_model
+from dfn_fast.trainer.build import build_model, require_memory
 from dfn_fast.trainer.trainer import Trainer
 
 
@@ -56,6 +56,7 @@ class Run:
     ):
         self.config, self.folder, self.stop, self.stop_after, self.world = config, folder, stop, stop_after, world
         self.device = choose_device(config.device, world)
+        require_memory(config, self.device, world)
         seed_everything(config.seed, config.deterministic)
         self.train_set, self.val_set = (
             build_dataset(

@@ -16,6 +16,7 @@ from dfn_fast.network.losses import SigmoidFocalLoss
 from dfn_fast.network.recompute import set_recompute
 from dfn_fast.network.reference import ReferenceDFN
 from dfn_fast.runtime.device import choose_compile, choose_device, inductor_options
+from dfn_fast.runtime.machine import memory_bytes
 from dfn_fast.runtime.processes import ALONE, World
 from dfn_fast.trainer.parallel import norm_layer
 
@@ -85,6 +86,22 @@ def require_possible(config: TrainConfig, world: World) -> None:
         )
     if config.cuda_graph and world.size > 1:
         raise ConfigError("--cuda-graph records the work of one process only; leave it out with several")
+
+
+# Activations of a training step, at the very least: those of ResNet-18 in bfloat16 with ``memory="blocks"``.
+BYTES_PER_PIXEL = 100
+
+
+def require_memory(config: TrainConfig, device: torch.device, world: World = ALONE) -> None:
+    """Raises :class:`ConfigError` if a batch cannot fit into the memory of ``device``, whatever the network."""
+    needed = BYTES_PER_PIXEL * config.batch_size // world.size * config.crop[0] * config.crop[1]
+    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else memory_bytes()
+    if memory is not None and needed > memory:
+        raise ConfigError(
+            f"--batch-size {config.batch_size} with --crop {config.crop[0]}x{config.crop[1]} needs more than "
+            f"{needed / 1e9:.0f} GB in each process, but {device} has {memory / 1e9:.0f} GB; lower one of them "
+            "(--accumulate makes steps larger again)"
+        )
 
 
 class TrainingLoss(nn.Module):

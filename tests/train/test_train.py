@@ -301,6 +301,11 @@ def test_weights_that_fit_in_part_are_an_error_or_named(tiny, capsys):
         (["--amp", "fp16"], ConfigError, "needs a GPU"),
         (["--weights", "nowhere.pth"], CheckpointError, "nowhere.pth"),
         (["--data", "fodler"], ConfigError, "did you mean folder"),
+        (
+            ["--crop", "16384", "--batch-size", "9000"],
+            ConfigError,
+            "9000 with --crop 16384x16384 needs .* cpu has",
+        ),
     ],
 )
 def test_what_cannot_be_trained_is_said_before_anything_is_written(tiny, tmp_path, words, error, message):
