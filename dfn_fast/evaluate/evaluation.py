@@ -33,6 +33,7 @@ def evaluate(
     progress: bool = False,
     on_image: Callable[[], None] | None = None,
     world: World = ALONE,
+    timeout: float = FILE_SECONDS,
 ) -> Report:
     """Predicts the images of a data set one by one and measures the result. Memory does not grow with their number.
 
@@ -43,9 +44,10 @@ def evaluate(
         progress: shows a progress bar if standard error is a terminal.
         on_image: called after each image. Its exceptions end the evaluation, and ``Stopped`` does so in all processes.
         world: the processes that share the images; each gets the report on all images.
+        timeout: seconds for one image with its label; 0: no limit.
 
     Raises :class:`ConfigError` if network and data set differ in their class count, or if ``limit`` or ``border_width``
-    is not possible, and :class:`DataError` for a file that is not read within ``FILE_SECONDS``.
+    is not possible, and :class:`DataError` for a file that is not read in time.
     """
     if limit is not None and limit < 1:
         raise ConfigError(f"limit: expected at least 1 image, got {limit}")
@@ -60,7 +62,7 @@ def evaluate(
     start, stopped = time.perf_counter(), False
     try:
         for index in tqdm(images_of(world, images), disable=None if progress else True, **IMAGES_BAR):
-            sample = _read(dataset, index)
+            sample = _read(dataset, index, timeout)
             prediction = predictor(sample.image)
             confusion.update(sample.label, prediction)
             if boundary:
@@ -93,12 +95,11 @@ def evaluate(
     )
 
 
-def _read(dataset: SegmentationDataset, index: int) -> Sample:
+def _read(dataset: SegmentationDataset, index: int, seconds: float) -> Sample:
     slow = DataError(
-        f"{sample_text(dataset, index)} was not read within {FILE_SECONDS} s; "
-        "is a file damaged, or its file system gone?"
+        f"{sample_text(dataset, index)} was not read within {seconds:g} s; is a file damaged, or its file system gone?"
     )
-    return within(FILE_SECONDS, lambda: dataset[index], slow)
+    return within(seconds, lambda: dataset[index], slow)
 
 
 def images_of(world: World, images: int) -> range:

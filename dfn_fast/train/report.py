@@ -53,7 +53,14 @@ def _predictor_of(trainer: Trainer, network: ReferenceDFN) -> Predictor:
 def validate(trainer: Trainer, dataset: SegmentationDataset, stop: StopRequest) -> Report:
     """Measures the current network. Raises ``Stopped`` between two images on request."""
     predictor = _predictor_of(trainer, trainer.network())
-    return evaluate(predictor, dataset, boundary=False, on_image=stop.raise_if_requested, world=trainer.world)
+    return evaluate(
+        predictor,
+        dataset,
+        boundary=False,
+        on_image=stop.raise_if_requested,
+        world=trainer.world,
+        timeout=trainer.config.loader_timeout,
+    )
 
 
 def draw(trainer: Trainer, network: ReferenceDFN, dataset: SegmentationDataset, folder: RunFolder) -> None:

@@ -245,14 +245,13 @@ def test_a_setting_that_is_not_possible_is_refused(model, settings):
         evaluate(Predictor(model, amp="off"), Scenes(), **settings)
 
 
-def test_a_file_that_is_never_read_is_named(model, monkeypatch):
+def test_a_file_that_is_never_read_is_named(model):
     class Hanging(Scenes):
         def __getitem__(self, index):
             return super().__getitem__(index) if index < 2 else threading.Event().wait()
 
-    monkeypatch.setattr("dfn_fast.evaluate.evaluation.FILE_SECONDS", 0.2)
     with pytest.raises(DataError, match=r"2\.jpg with 2\.png was not read within 0\.2 s"):
-        evaluate(Predictor(model, amp="off"), Hanging())
+        evaluate(Predictor(model, amp="off"), Hanging(), timeout=0.2)
 
 
 def test_border_of_a_network_without_one_is_an_error_before_work(tmp_path, root):
