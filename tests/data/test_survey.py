@@ -110,9 +110,9 @@ def test_a_wrong_value_and_a_slow_file_are_errors(listed, monkeypatch):
 
 
 def test_joined_splits_and_scenes(tmp_path, write_pair):
-    for split, fill in (("train", 1), ("val", 2)):
-        write_pair(f"{split}/a.png", f"{split}annot/a.png", fill=fill)
-    assert survey(build_dataset("camvid", tmp_path, "train+val")).present == [1, 2]
+    for split, name, fill in (("train", "a", 1), ("train", "b", 3), ("val", "a", 2)):
+        write_pair(f"{split}/{name}.png", f"{split}annot/{name}.png", fill=fill)
+    assert survey(build_dataset("camvid", tmp_path, "train+val")).present == [1, 2, 3]
     scenes = survey(build_dataset("synthetic", None, "train"))
     scenes.require_trainable()
     assert (scenes.read, scenes.warnings) == (0, [])
