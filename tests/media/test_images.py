@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageOps, PngImagePlugin
 
 from dfn_fast.errors import DataError
-from dfn_fast.media import images, opening
+from dfn_fast.media import images, opening, pixels_only
 from dfn_fast.media.images import open_image, orientation, read_image, read_label, write_label
 from dfn_fast.media.opening import MAX_BYTES, MAX_PIXELS, decoded_bytes
 
@@ -236,12 +236,15 @@ class TestBounds:
             image.save(tmp_path / "a.tif")
             np.testing.assert_array_equal(read_image(tmp_path / "a.tif"), np.array(image.convert("RGB")))
 
-    def test_a_jpeg_of_many_scans_is_refused(self, tmp_path):
+    def test_a_jpeg_of_many_scans_is_refused(self, tmp_path, monkeypatch):
         path = tmp_path / "a.jpg"
         content = jpeg(progressive=True)
         path.write_bytes(content)
         assert read_image(path).shape == PIXELS.shape
         at = content.rindex(b"\xff\xda")
+        for block in (2, 3, 7, 1 << 20):  # no mark is lost between two blocks
+            monkeypatch.setattr(pixels_only, "_BLOCK", block)
+            assert pixels_only._scans(io.BytesIO(content), 0) == content.count(b"\xff\xda")
         path.write_bytes(content[:at] + content[at:-2] * 200 + content[-2:])
         with pytest.raises(DataError, match=r"a\.jpg: this JPEG has more than 200 scans"):
             read_image(path)

@@ -34,6 +34,8 @@ from dfn_fast.data.registry import build_dataset
 from dfn_fast.errors import UserError
 from dfn_fast.inference.loading import load_model
 from dfn_fast.media.images import read_image, read_label
+from dfn_fast.media.mp4 import set_times, shown_frames
+from dfn_fast.media.video import VideoWriter
 from dfn_fast.network.reference import ReferenceDFN
 from dfn_fast.predict.jobs import listed_sources
 
@@ -114,6 +116,7 @@ def images(form: str) -> list[bytes]:
         "BMP": [rgb, labels, rgb.convert("1")],
         "WEBP": [rgb, rgb.convert("RGBA")],
         "PPM": [rgb, labels],
+        "JPEG2000": [rgb, labels],
     }
     options: dict[str, list[dict[str, Any]]] = {
         "PNG": [{}, {"exif": turned}],
@@ -193,7 +196,7 @@ def jpeg(rng: np.random.Generator) -> bytes:
 
 
 def other_image(rng: np.random.Generator) -> bytes:
-    data = pick(rng, images(pick(rng, ("TIFF", "GIF", "BMP", "WEBP", "PPM"))))
+    data = pick(rng, images(pick(rng, ("TIFF", "GIF", "BMP", "WEBP", "PPM", "JPEG2000"))))
     if rng.random() < 0.5:  # damage only the header
         return garbled(data[:64], rng) + data[64:]
     return garbled(data, rng)
@@ -203,6 +206,28 @@ def read_both(path: Path) -> None:
     """Reads the file as an image, then as a label. The first error counts."""
     read_image(path)
     read_label(path)
+
+
+@cache
+def video() -> bytes:
+    """A small MP4 as OpenCV writes it: frames, then an index of them."""
+    with tempfile.TemporaryDirectory() as name, VideoWriter(Path(name), 10, (32, 32)) as writer:
+        for value in range(5):
+            writer.write(np.full((32, 32, 3), 40 * value, np.uint8))
+        writer.finish(Path(name, "a.mp4"))
+        return Path(name, "a.mp4").read_bytes()
+
+
+def mp4(rng: np.random.Generator) -> bytes:
+    """An MP4 whose index, which lies at its end, is damaged."""
+    at = video().index(b"moov") - 4
+    return video()[:at] + garbled(video()[at:], rng)
+
+
+def read_index(path: Path) -> None:
+    """Reads the index of a video, then writes it. That it is of no use is no error elsewhere."""
+    if shown_frames(path) is None or not set_times(path, [0, 1, 2, 4, 5]):
+        raise UserError(f"{path}: no index")
 
 
 # Checkpoints
@@ -479,6 +504,7 @@ KINDS = {
     "png": Kind(".png", png, read_both),
     "jpeg": Kind(".jpg", jpeg, read_image),
     "image": Kind(".img", other_image, read_both),
+    "mp4": Kind(".mp4", mp4, read_index),
     "checkpoint": Kind(".pth", checkpoint, lambda path: load_weights(tiny_network(), path)),
     "code": Kind(".pth", code, load_model),
     "safetensors": Kind(".safetensors", safetensors_file, lambda path: load_weights(tiny_network(), path)),
@@ -490,7 +516,7 @@ KINDS = {
     "classes": Kind(".txt", class_list, lambda path: build_dataset("list", path.parent, "good", classes=path)),
     "predict": Kind(".txt", image_list, listed_sources),
 }
-SHARES = {"png": 5, "jpeg": 5, "image": 4, "checkpoint": 4, "config": 4, "list": 2, "network": 1}  # others: 1
+SHARES = {"png": 5, "jpeg": 5, "image": 4, "checkpoint": 4, "config": 5, "safetensors": 3, "list": 2}  # others: 1
 
 
 def spread(numbers: range) -> list[tuple[str, int]]:
