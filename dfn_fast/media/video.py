@@ -30,7 +30,7 @@ MAX_FRAME_PIXELS = 1 << 27  # 15360 x 8640 is the largest in use
 
 def is_live(source: str) -> bool:
     """Whether this is a camera (``camera:0``) or a stream (``rtsp://``, ``http://``), which may end at any time."""
-    return re.fullmatch(r"camera:\d+|(rtsp|rtsps|rtmp|http|https)://.+", source) is not None
+    return re.fullmatch(r"camera:[0-9]{1,4}|(rtsp|rtsps|rtmp|http|https)://.+", source) is not None
 
 
 def is_video(source: str) -> bool:
@@ -110,6 +110,12 @@ class VideoReader:
             self._reading = False
         if not ok:
             return None
+        if self.decoded and frame.shape[:2] != self.size:
+            (height, width), (new_height, new_width) = self.size, frame.shape[:2]
+            raise DataError(
+                f"{self.source}: its frames change from {width}x{height} to {new_width}x{new_height} at number "
+                f"{self.decoded}, expected one size; convert the video to one"
+            )
         self.decoded += 1
         self._milliseconds = self._capture.get(cv2.CAP_PROP_POS_MSEC)
         self._times.append(self._milliseconds / 1000)

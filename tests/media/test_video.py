@@ -148,6 +148,29 @@ def test_a_container_without_frames_is_an_error(tmp_path):
         VideoReader(str(tmp_path / "a.avi"))
 
 
+def test_frames_that_change_their_size_are_an_error(tmp_path, monkeypatch):
+    write_video(tmp_path / "a.avi", plain_frames(3))
+    with VideoReader(str(tmp_path / "a.avi")) as video:
+        video.read()
+        monkeypatch.setattr(video, "size", (41, 52))
+        with pytest.raises(DataError, match=r"a\.avi: its frames change from 52x41 to 52x40 at number 1"):
+            video.read()
+
+
+def test_what_opencv_raises_is_named(tmp_path, monkeypatch):
+    class Capture:
+        def __getattr__(self, name):
+            return lambda *_: 0
+
+        def read(self):
+            raise cv2.error("no such thing")
+
+    (tmp_path / "a.avi").write_bytes(b"")
+    monkeypatch.setattr("dfn_fast.media.video.open_capture", lambda source: Capture())
+    with pytest.raises(DataError, match=r"a\.avi: OpenCV cannot decode this video \(no such thing\)"):
+        VideoReader(str(tmp_path / "a.avi"))
+
+
 def test_no_camera_is_an_error():
     with pytest.raises(DataError, match="camera:97: it sent no frame"):
         VideoReader("camera:97")
@@ -270,5 +293,5 @@ def test_what_counts_as_a_video():
     for source in ("a.mp4", "my videos/A.MOV", "x.webm", "camera:0.mkv"):
         assert is_video(source)
         assert not is_live(source)
-    for source in ("a.png", "camera:", "mp4", str(Path("http")), "list.txt"):
+    for source in ("a.png", "camera:", "camera:99999999999999", "camera:٣", "mp4", str(Path("http")), "list.txt"):
         assert not is_video(source)
