@@ -10,6 +10,7 @@ from dfn_fast.errors import DataError, listed
 from dfn_fast.files import MAX_TEXT, require_regular
 from dfn_fast.media.formats import FORMATS, IMAGE_SUFFIXES, picture_format
 
+MAX_FOLDERS = 1_000_000
 # Left by file managers and archives beside every picture, in folders that a user did not make.
 _BYPRODUCTS = ("@eaDir", "__MACOSX", "Thumbs.db", "desktop.ini")
 
@@ -98,6 +99,7 @@ def _walk(folder: Path, nested: bool) -> Iterator[tuple[Path, list[str], list[st
     """
     if not os.path.isdir(folder):
         return
+    seen = 0
     waiting: list[tuple[Path, frozenset[tuple[int, int]]]] = [(folder, frozenset())]
     while waiting:
         parent, above = waiting.pop()
@@ -106,6 +108,9 @@ def _walk(folder: Path, nested: bool) -> Iterator[tuple[Path, list[str], list[st
             place = (status.st_dev, status.st_ino)
             if place in above:
                 continue
+            seen += 1
+            if seen > MAX_FOLDERS:
+                raise DataError(f"{folder}: more than {MAX_FOLDERS} folders below it; do its links lead to each other?")
             with os.scandir(parent) as entries:
                 found = sorted(entries, key=lambda entry: entry.name)
         except OSError as error:

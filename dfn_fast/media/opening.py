@@ -19,7 +19,7 @@ MAX_PIXELS = 1 << 29  # 23,170 x 23,170
 MAX_BYTES = 1 << 32  # while an image is decoded
 # Bytes a pixel that a decoder holds beside the image. JPEG: the coefficients, if there are several scans. JPEG2000: 32
 # bits a channel, twice. WebP: two canvases and a copy, which stay while the pixels are converted. PPM: in Python.
-_SCRATCH = {"jpeg": 8, "jpeg2k": 24, "WEBP": 15, "libtiff": 4, "ppm": 6, "ppm_plain": 6}
+_SCRATCH = {"jpeg": 8, "jpeg2k": 24, "WEBP": 15, "ppm": 6, "ppm_plain": 6}
 
 
 @contextlib.contextmanager
@@ -48,7 +48,7 @@ def decoded_bytes(image: Image.Image) -> int:
 
 def _decoded_bytes(size: tuple[int, int], mode: str, decoder: str | None) -> int:
     own = 1 if mode in ("1", "L", "P") else 4
-    scratch = min(own, 4) if decoder == "libtiff" else _SCRATCH.get(decoder or "", 0)
+    scratch = own if decoder == "libtiff" else _SCRATCH.get(decoder or "", 0)
     return size[0] * size[1] * (own + max(3, scratch))
 
 

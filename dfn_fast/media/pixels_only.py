@@ -104,10 +104,12 @@ def _jpeg_parts(file: BinaryIO, path: object) -> Iterator[tuple[int, int]]:
     while at < end:
         file.seek(at)
         marker, kind, size, start = struct.unpack(">BBH14s", file.read(18).ljust(18, b"\0"))
-        if marker != 0xFF or kind in (0x01, 0xFF, *range(0xD0, 0xDA)):  # not a segment: a decoder looks for the next
+        if kind == 0xFF:  # filling
             at += 1
             yield at - 1, 1
             continue
+        if marker != 0xFF or kind in (0x01, *range(0xD0, 0xDA)):  # not a segment: whatever follows is for the decoder
+            break
         if kind == 0xDA:
             if (progressive or start[0] < components) and _scans(file, at) > MAX_SCANS:
                 raise DataError(

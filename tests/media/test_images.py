@@ -78,6 +78,8 @@ class TestMetadata:
         for part in [*parts, (0xE2, b"MPF\0"), (0xED, b"Photoshop 3.0\0"), (0xFE, b"#")]:
             odd.write_bytes(jpeg(segment(*part)))
             np.testing.assert_array_equal(read_image(odd), read_image(plain))
+            odd.write_bytes(jpeg(b"\xff\xff", segment(*part)))  # between segments there may be filling
+            np.testing.assert_array_equal(read_image(odd), read_image(plain))
 
     def test_the_mark_that_says_how_colours_are_meant_is_kept(self, tmp_path):
         Image.fromarray(PIXELS).convert("CMYK").save(tmp_path / "a.jpg", quality=95)

@@ -99,6 +99,20 @@ def test_links_to_folders_are_followed_once(tmp_path):
     assert list(find_images(tmp_path / "in", nested=True).files) == ["again/b", "again/deep/c", "day/a"]
 
 
+def test_links_that_lead_to_each_other_end(tmp_path, monkeypatch):
+    folders = [tmp_path / name for name in "abcdef"]
+    for folder in folders:
+        touch(folder / "x.png")
+        for other in folders:
+            os.symlink(other, folder / f"to_{other.name}")
+    files = find_images(tmp_path, nested=True).files
+    assert {"a/x", "a/to_b/x", "a/to_b/to_c/x", "f/to_e/to_d/to_c/to_b/to_a/x"} <= set(files)
+    assert not any("to_a" in stem for stem in files if stem.startswith("a/"))
+    monkeypatch.setattr("dfn_fast.media.listing.MAX_FOLDERS", 1000)
+    with pytest.raises(DataError, match="more than 1000 folders below it"):
+        find_images(tmp_path, nested=True)
+
+
 def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     touch(tmp_path / "deep" / "a.png")
     scandir = os.scandir
