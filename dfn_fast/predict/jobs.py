@@ -158,11 +158,13 @@ def live_name(source: str) -> str:
 def listed_sources(path: Path) -> list[tuple[str, str]]:
     """The images that a text file lists. A relative path names the result; otherwise only the file name does."""
     sources = []
-    for number, line in read_lines(path):
+    for number, line in read_lines(path, comments=True):
         candidates = [line.split("\t")[0].strip(), line.split()[0]]  # a space may belong to the path or end it
         found = ((c, folder / c) for c in candidates for folder in (path.parent, Path()) if os.path.isfile(folder / c))
         text, image = next(found, (None, None))
         if text is None or image is None:
+            if line.startswith("#"):  # a comment, as no file has this name
+                continue
             raise ConfigError(
                 f"{path}:{number}: {shortened(candidates[0])} exists neither in {path.parent} nor in the current folder"
             )

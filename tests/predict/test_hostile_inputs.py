@@ -148,7 +148,7 @@ def test_what_a_killed_run_left_is_cleared_and_nothing_else(checkpoint, monkeypa
                 raise ZeroDivisionError
         Path(folder, f".video.{socket.gethostname()[:32]}-{process}.a1_defgh.tmp.mp4").write_text("half")
     old = "out/.a.png.far-away-1.abcdefgh.tmp"
-    others = [".a.png.far-1.abcdefgh.tmp", ".mine.tmp", "a.abcdefgh.tmp"]
+    others = [f".a.png.far-{dead.pid}.abcdefgh.tmp", ".mine.tmp", "a.abcdefgh.tmp"]
     for name in (old, *(f"out/{name}" for name in others)):
         Path(name).write_text("")
     os.utime(old, (0, 0))

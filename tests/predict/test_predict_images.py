@@ -87,18 +87,20 @@ def test_a_folder_gives_every_picture_and_says_what_it_passes_over(checkpoint, c
     assert errors.startswith("passed over 1 file, being no image or a second one of the same stem: photos/night/notes")
     assert "1 of 6 images failed:\n  photos/night/a.HEIC: this image (112 bytes) is not in a supported" in errors
     assert "but in HEIC; convert it to PNG" in errors
+    Path("photos/out/frames.json").write_text("a result, too")
     assert run(checkpoint, "photos", "--output-dir", "photos/out", "--no-overlay", "--skip-existing") == 1
+    assert "frames.json" not in capsys.readouterr().err
 
 
 def test_list_of_paths_relative_to_the_list_and_absolute(checkpoint, here):
-    for name in ("lists/my photos/a b.png", "here.png", "lists/c.png", "d.png"):
+    for name in ("lists/my photos/a b.png", "here.png", "lists/c.png", "d.png", "lists/#1.png"):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         write_image(name, picture(2))
     Path("lists/val.txt").write_text(
-        f"# comment\nmy photos/a b.png\n\nhere.png labels/here.png\nc.png\tlabels/c.png\n{here}/d.png\n"
+        f"# comment\n#1.png\nmy photos/a b.png\n\nhere.png labels/here.png\nc.png\tlabels/c.png\n{here}/d.png\n"
     )
     assert run(checkpoint, "lists/val.txt", "--output-dir", "out", "--no-overlay") == 0
-    assert files("out") == ["c.png", "d.png", "here.png", "legend.png", "my photos/a b.png"]
+    assert files("out") == ["#1.png", "c.png", "d.png", "here.png", "legend.png", "my photos/a b.png"]
 
 
 def test_missing_entry_of_a_list_names_the_line(checkpoint):
