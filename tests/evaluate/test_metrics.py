@@ -251,9 +251,11 @@ def test_a_void_band_between_one_and_two_tolerances_is_a_contour(width):
 def test_a_void_band_wider_than_two_tolerances_is_no_contour():
     label = np.zeros((60, 80), np.uint8)
     label[:, 30:43], label[:, 43:] = 255, 1  # 13 pixels; the tolerance is 5, so three in the middle are ignored
-    right, wrong = (np.repeat(np.arange(80)[None] >= x, 60, axis=0).astype(np.uint8) for x in (36, 50))
-    assert boundary(label, right, num_classes=2, tolerance=0.05) == 1.0
-    assert boundary(label, wrong, num_classes=2, tolerance=0.05) == 0.0
+    inside, beside, far = (np.repeat(np.arange(80)[None] >= x, 60, axis=0).astype(np.uint8) for x in (36, 41, 50))
+    assert boundary(label, inside, num_classes=2, tolerance=0.05) == 1.0
+    # Within the tolerance of the band's middle, but that is no contour of the label.
+    assert boundary(label, beside, num_classes=2, tolerance=0.05) == 0.0
+    assert boundary(label, far, num_classes=2, tolerance=0.05) == 0.0
 
 
 def test_boundary_is_a_mean_over_images_and_merges():
