@@ -254,6 +254,9 @@ def resumed(world: World) -> dict:
     assert type(whole) is FastDFN
     state = trainer.state()
     assert world.is_first or not state["model"]
+    momenta = [kept["momentum_buffer"] for kept in state["optimizer"]["state"].values()]
+    assert momenta
+    assert all((momentum is not None) == world.is_first for momentum in momenta)  # whole in the one that writes
     same = all(torch.equal(tensor, whole.state_dict()[name]) for name, tensor in state["model"].items())
     units = [name for name, module in trainer.model.named_modules() if isinstance(module, FSDPModule)]
     return {"losses": losses, "model": state["model"], "optimizer": state["optimizer"], "same": same, "units": units}
