@@ -159,7 +159,8 @@ class VideoWriter:
     Args:
         folder: an existing folder, for the hidden file.
         frame_rate: in frames/s.
-        size: ``(height, width)`` of the frames. The format needs even sides: an odd one loses its last row or column.
+        size: ``(height, width)`` of the frames. The format needs even sides: an odd one loses its last row or column,
+            which :attr:`size` says.
 
     Raises :class:`UserError` if OpenCV has no encoder for it, and :class:`OSError` if the folder cannot be written.
     """
@@ -167,7 +168,7 @@ class VideoWriter:
     def __init__(self, folder: Path, frame_rate: float, size: tuple[int, ...]):
         _require_text(str(folder), f"{folder}: the name of this folder for a video", UserError)
         self.count = 0
-        self._height, self._width = size[0] // 2 * 2, size[1] // 2 * 2
+        self.size = self._height, self._width = size[0] // 2 * 2, size[1] // 2 * 2
         handle, name = tempfile.mkstemp(dir=folder, prefix=temporary_prefix("video"), suffix=f".tmp{SUFFIX}")
         os.close(handle)
         os.unlink(name)  # OpenCV creates it again, with the usual permissions

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import itertools
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -72,8 +73,15 @@ class Recording:
             overlay = None
             if self.job.overlay is not None:
                 overlay = stack.enter_context(VideoWriter(self.job.overlay.parent, video.frame_rate, video.size))
+                if overlay.size != video.size:
+                    (height, width), (kept_height, kept_width) = video.size, overlay.size
+                    kept = f"{kept_width}x{kept_height} of {width}x{height}"
+                    self.say(f"its overlay is {kept} pixels, as its format has even sides")
             self.record(video, overlay)
             self.finish(video, overlay)
+
+    def say(self, text: str) -> None:
+        tqdm.write(printable(f"{self.job.source}: {text}"), file=sys.stderr)
 
     def record(self, video: VideoReader, overlay: VideoWriter | None) -> None:
         """Records frame by frame. Ctrl-C ends a camera or stream normally; for a video it raises KeyboardInterrupt."""
@@ -143,6 +151,10 @@ class Recording:
                 "it again"
             )
         if self.job.summary is not None:
+            numbers = [int(path.stem) for path in self.job.summary.parent.glob("*.png") if path.stem.isdecimal()]
+            more = sum(number >= self.count for number in numbers)
+            if more:
+                self.say(f"{self.job.frames} has {more} more frames, of an earlier run; this one has {self.count}")
             summary: dict[str, Any] = {"frames": self.count, "frame_rate": video.frame_rate}
             if times is not None:
                 summary["times"] = times

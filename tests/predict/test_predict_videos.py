@@ -5,6 +5,7 @@ import os
 import time
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 
@@ -128,6 +129,25 @@ def test_frames_of_an_earlier_run_at_another_size_are_made_again(checkpoint, hei
         assert run(*arguments, "--skip-existing") == 0
     assert sum(batches) == 3
     assert {read_label(path).shape for path in Path("out/trip_frames").glob("*.png")} == {(40, 52)}
+
+
+def test_what_a_video_loses_and_what_an_earlier_run_left_is_told(checkpoint, capsys):
+    class Odd(cv2.VideoCapture):
+        def read(self):
+            ok, frame = super().read()
+            return ok, frame[:39, :51] if ok else None
+
+    arguments = (checkpoint, "trip.avi", "--frames", "--output-dir", "out")
+    write_video("trip.avi", 4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dfn_fast.media.video.open_capture", Odd)
+        assert run(*arguments) == 0
+    assert "trip.avi: its overlay is 50x38 of 51x39 pixels, as its format has even sides" in capsys.readouterr().err
+    write_video("trip.avi", 2)
+    assert run(*arguments) == 0
+    errors = capsys.readouterr().err
+    assert "trip.avi: out/trip_frames has 2 more frames, of an earlier run; this one has 2" in errors
+    assert "its overlay is" not in errors
 
 
 def test_frames_are_made_where_only_the_overlay_exists(checkpoint):
