@@ -174,7 +174,7 @@ def load_folder(
     criteria = {name: overrides.pop(name) for name in CRITERIA if name in overrides}
     config = {**content["model_config"], **overrides}
     try:
-        model = build(cls, config)
+        model = build(cls, config, random=False)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: its model_config {config} does not build a network ({error})") from error
     load_weights(model, content["model"], where=str(path))

@@ -1,5 +1,6 @@
 """State dicts, fitted to a model by name and shape."""
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from dfn_fast.checkpoint.archive import read_file, save_atomic, write_whole
 from dfn_fast.errors import CheckpointError, brief, listed
+from dfn_fast.runtime.random_state import WithoutRandomNumbers
 
 STATE_DICT_KEYS = ("model", "state_dict", "model_state_dict", "model_ema", "state_dict_ema", "ema")
 # Names that every DFN, or every backbone, has: what stands before them is a prefix.
@@ -141,7 +143,7 @@ def load_weights(
         more = f", or {remedy}" if fitting and remedy else ""
         raise CheckpointError(f"{where} does not fit the model: {mismatch}. Build the model as it was saved{more}")
     # As the model will hold them: a number may be too large for its dtype.
-    broken = [n for n, t in fitting.items() if not torch.isfinite(t.to(own[n][1].dtype)).all()]
+    broken = [n for n, t in fitting.items() if not is_finite(t.to(own[n][1].dtype))]
     if broken:
         raise CheckpointError(
             f"{where}: {len(broken)} tensors hold nan or infinity: {listed(broken)}. "
@@ -151,6 +153,13 @@ def load_weights(
     return mismatch
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no element is nan or infinite, in one pass without a tensor of answers."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    return bool(torch.isfinite(torch.stack(tensor.aminmax())).all())  # nan is both the least and the largest
+
+
 def ready(model: nn.Module, device: str | torch.device, channels_last: bool) -> None:
     """Prepares ``model`` for inference, in place: on ``device``, in eval mode and, if asked, in channels_last."""
     model.to(device).eval()
@@ -158,7 +167,10 @@ def ready(model: nn.Module, device: str | torch.device, channels_last: bool) -> 
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def build(network: type[Network], config: Mapping[str, Any]) -> Network:
-    """Builds the network without advancing the caller's random generator: its initial weights are not kept."""
-    with torch.random.fork_rng(devices=[]):
+def build(network: type[Network], config: Mapping[str, Any], *, random: bool = True) -> Network:
+    """Builds the network without advancing the caller's random generator: its initial weights are not kept.
+
+    ``random=False`` leaves out the random numbers, which take most of the time, if every weight is loaded afterwards.
+    """
+    with torch.random.fork_rng(devices=[]), contextlib.nullcontext() if random else WithoutRandomNumbers():
         return network(**config)

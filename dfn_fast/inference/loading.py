@@ -64,7 +64,7 @@ def load_model(
             "choose the data set that it was trained on, or another checkpoint"
         )
     classes, palette = _class_table(content, config["num_classes"], path)
-    model = build(FastDFN, config)
+    model = build(FastDFN, config, random=not strict)
     mismatch = load_weights(model, state, strict=strict, where=str(path), remedy="")
     ready(model, device, channels_last)
     dataset, border_width = _training(content, path) if ours else (None, None)

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from dfn_fast.errors import CheckpointError, brief, nearest
 from dfn_fast.network.backbone import LAYERS, STEMS, BasicBlock, Bottleneck
+from dfn_fast.runtime.random_state import WithoutRandomNumbers
 
 LARGEST = 1 << 30  # the largest integer that an argument may be
 SLACK = 1 << 26  # bytes that a network may have beyond four times its file's, which may be in half precision
@@ -68,17 +68,10 @@ def _wrong(name: Any, value: Any) -> str | None:
     return None
 
 
-class _ShapesAlone(TorchFunctionMode):
-    """Skips ``normal_``, which on the meta device would first spend seconds on importing a compiler."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        return args[0] if func is torch.Tensor.normal_ else func(*args, **(kwargs or {}))
-
-
 def _parameters(network: Callable[..., nn.Module], config: dict[str, Any], where: str) -> int:
     """How many parameters the network would have. It is built without memory for them."""
     try:
-        with torch.device("meta"), _ShapesAlone():
+        with torch.device("meta"), WithoutRandomNumbers():  # they would first spend seconds on importing a compiler
             built = network(**config)
     except RuntimeError as error:  # a tensor of more than 2^63 bytes
         raise CheckpointError(

@@ -1,17 +1,21 @@
 """Networks from checkpoint files: our own, other people's, and hostile ones."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from dfn_fast.checkpoint.archive import save_atomic
-from dfn_fast.checkpoint.weights import save_weights
+from dfn_fast.checkpoint.weights import build, save_weights
 from dfn_fast.data.datasets.camvid import CamVidDataset
 from dfn_fast.data.datasets.cityscapes import CityscapesDataset
 from dfn_fast.data.datasets.voc import VocDataset
 from dfn_fast.errors import CheckpointError
 from dfn_fast.inference.loading import load_model
 from dfn_fast.network.arguments import infer_arguments
+from dfn_fast.network.fast import FastDFN
 from dfn_fast.network.reference import ReferenceDFN
 from support.networks import narrow_backbones, published_backbones
 
@@ -142,6 +146,55 @@ def test_loading_leaves_the_callers_random_numbers_alone(tmp_path):
     torch.manual_seed(3)
     load_model(tmp_path / "dfn.pth")
     assert torch.equal(torch.rand(4), expected)
+
+
+def test_no_random_weights_are_drawn_where_all_are_loaded(tmp_path):
+    """They take most of the time to load a large network."""
+    drawn = []
+
+    class Drawn(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if function in (torch.Tensor.normal_, torch.nn.init.kaiming_uniform_) and not result.is_meta:
+                drawn.append(function)
+            return result
+
+    model = small_dfn()
+    save_weights(model, tmp_path / "dfn.pth")
+    with Drawn():
+        loaded = load_model(tmp_path / "dfn.pth")
+    assert not drawn
+    assert_same_weights(loaded.model, model.state_dict())
+    trained = [parameter.requires_grad for parameter in FastDFN(4, **SMALL).parameters()]
+    assert [parameter.requires_grad for parameter in loaded.model.parameters()] == trained
+
+
+def test_what_a_relaxed_load_leaves_out_is_random(tmp_path):
+    state = small_dfn().state_dict()
+    del state["smooth_heads.3.conv.weight"]
+    torch.save(training_checkpoint(small_dfn()) | {"model": state}, tmp_path / "dfn.pth")
+    weight = load_model(tmp_path / "dfn.pth", strict=False).model.smooth_heads[3].conv.weight
+    assert weight.isfinite().all()
+    assert weight.std() > 1e-3
+
+
+def test_other_threads_draw_random_weights_meanwhile():
+    inside, done, found = threading.Event(), threading.Event(), []
+
+    class Waiting(ReferenceDFN):
+        def __init__(self, *arguments, **settings):
+            super().__init__(*arguments, **settings)
+            inside.set()
+            done.wait()
+
+    thread = threading.Thread(target=lambda: found.append(build(Waiting, {"num_classes": 3, **SMALL}, random=False)))
+    thread.start()
+    inside.wait()
+    weight = torch.nn.Conv2d(8, 8, 3).weight
+    done.set()
+    thread.join()
+    assert weight.isfinite().all()
+    assert found[0].smooth_heads[3].conv.weight.isnan().all()  # memory that nobody wrote, as the tests fill it
 
 
 @pytest.mark.parametrize("backbone", ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"])
