@@ -36,6 +36,8 @@ class Palettes:
 
     def _compare(self, ids: np.ndarray, path: Path) -> None:
         palette = _palette(path)
+        if not palette:
+            return
         used = np.flatnonzero(np.bincount(ids.ravel(), minlength=256))
         self._add({i: (palette[i], path) for i in used.tolist() if i < len(palette) and i != IGNORE})
 

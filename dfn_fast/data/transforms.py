@@ -54,7 +54,7 @@ class TrainTransform:
             image, label = rescale(image, label, scale)
         image, label = _crop_or_pad(image, label, self.crop, place)
         if flip:
-            image, label = np.ascontiguousarray(image[:, ::-1]), np.ascontiguousarray(label[:, ::-1])
+            image, label = cv2.flip(image, 1), cv2.flip(label, 1)
         return image, label, border_targets(label, self.border_width)
 
 

@@ -14,9 +14,10 @@ The labels of test are not public: those in the archive hold only 255.
 
 from pathlib import Path
 
+import cv2
 import numpy as np
 
-from dfn_fast.data.base import IGNORE, SegmentationDataset, require_folder
+from dfn_fast.data.base import IGNORE, SegmentationDataset, require_folder, values_beyond
 from dfn_fast.data.datasets.pairing import pair_by_stem
 from dfn_fast.errors import DataError, listed
 from dfn_fast.media.listing import find_images
@@ -93,12 +94,12 @@ class CityscapesDataset(SegmentationDataset):
         """The train ids of label ids; raises :class:`DataError` for a value that is not a label id."""
         if path.stem.endswith("_labelTrainIds"):
             return raw
-        wrong = [int(v) for v in np.flatnonzero(np.bincount(raw.ravel())) if v >= NUM_LABEL_IDS and v != IGNORE]
+        wrong = values_beyond(raw, NUM_LABEL_IDS)
         if wrong:
             raise DataError(
                 f"{path}: expected label ids 0..{NUM_LABEL_IDS - 1}, or {IGNORE}, got {wrong[:5]}; unpack it again"
             )
-        return LABEL_ID_TO_TRAIN_ID[raw]
+        return cv2.LUT(raw, LABEL_ID_TO_TRAIN_ID)
 
 
 def _without_city(files: dict[str, Path]) -> dict[str, Path]:
