@@ -40,6 +40,13 @@ class Parser(argparse.ArgumentParser):
     def _print_message(self, message, file=None):
         super()._print_message(as_called(message), file)
 
+    def _get_value(self, action, arg_string):
+        if not arg_string.strip():
+            raise argparse.ArgumentError(
+                action, "expected a value, got an empty text; is a variable of the shell unset?"
+            )
+        return super()._get_value(action, arg_string)
+
     def _check_value(self, action, value):
         if action.choices is not None and value not in action.choices:
             choices = [str(choice) for choice in action.choices]

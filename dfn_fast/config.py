@@ -169,6 +169,8 @@ class TrainConfig:
     def __post_init__(self):
         for f in dataclasses.fields(self):
             value, choices = getattr(self, f.name), f.metadata["choices"]
+            if isinstance(value, str) and not value.strip():
+                raise ConfigError(f"--{cli.dashed(f.name)} must not be empty, got {value!r}")
             if choices and value not in choices:
                 raise ConfigError(
                     f"--{cli.dashed(f.name)} must be one of {', '.join(choices)}, got {brief(value)}"

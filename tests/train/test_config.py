@@ -118,6 +118,8 @@ def test_a_value_that_would_exhaust_the_machine_is_refused(words):
         (["--backbone", "resnet110"], "did you mean resnet101?"),
         (["--crop", "big"], "'big' is not a size"),
         (["--batch-size", "two"], "--batch-size"),
+        (["--output-dir", ""], "--output-dir: expected a value, got an empty text"),
+        (["--scales", "1", " "], "--scales: expected a value, got an empty text"),
     ],
 )
 def test_a_misspelt_option_names_the_nearest(words, message, capsys):
@@ -178,6 +180,7 @@ def test_an_unknown_recipe_names_the_nearest():
         ('{"lr": Infinity}', "--lr must be finite, got inf"),
         ('{"lr": NaN}', "--lr must be finite, got nan"),
         ('{"scales": [1.0, NaN]}', "--scales must be finite"),
+        ('{"root": ""}', "--root must not be empty"),
         ('{"epochs": -1}', "--epochs must be at least 1, got -1"),
         ('{"model": "' + "x" * 10**6 + '"}', "--model must be one of"),
         ('{"' + "x" * 10**6 + '": 1}', "unknown field 'xxx"),
