@@ -227,9 +227,10 @@ class Predictor:
         height, width = images.shape[1:3]
         if self._settings.bucket:
             images = pad_corner(images, bucketed((height, width), self._settings.bucket))
-        self._decide_precision(images)
-        cache = self._graphs()
-        flat = self._run(images) if cache is None else cache(images)
+        flat = self._decide_precision(images)
+        if flat is None:
+            cache = self._graphs()
+            flat = self._run(images) if cache is None else cache(images)
         labels = flat[:-1].view(images.shape[:3])
         return labels[:, :height, :width], flat[-1]
 
@@ -256,15 +257,18 @@ class Predictor:
     def _wants_graphs(self) -> bool:
         return self.device.type == "cuda" and self.graphs and self._settings.window is None
 
-    def _decide_precision(self, images: Tensor | None = None) -> None:
-        """Resolves ``amp="auto"``. On a CPU this compares labels, so it waits for the first images."""
+    def _decide_precision(self, images: Tensor | None = None) -> Tensor | None:
+        """Resolves ``amp="auto"``. On a CPU this compares labels, so it waits for the first images.
+
+        Returns what :meth:`_run` gives for ``images`` in the precision chosen, if that was computed to choose it.
+        """
         use_one_thread_in_a_child()
         engine = self.engine
         if engine.amp != "auto":
-            return
+            return None
         with first_call():
             if engine.amp != "auto":  # another thread has decided meanwhile
-                return
+                return None
             if isinstance(self.model, FusedDFN) or next(self.model.parameters()).dtype != torch.float32:
                 engine.amp = "off"
             elif engine.device.type == "cuda":
@@ -275,9 +279,12 @@ class Predictor:
                 engine.amp = "off"
                 exact = self._run(images)
                 engine.use("bf16")
-                share = (self._run(images) == exact)[:-1].float().mean().item()
-                if share < AGREEMENT:
-                    engine.use("off")
+                rounded = self._run(images)
+                if (rounded == exact)[:-1].float().mean().item() >= AGREEMENT:
+                    return rounded
+                engine.use("off")
+                return exact
+        return None
 
 
 def _array(image: Picture) -> np.ndarray:

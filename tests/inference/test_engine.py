@@ -38,9 +38,12 @@ def test_auto_takes_bf16_if_the_cpu_has_it_and_labels_stay(picture, monkeypatch,
     else:
         model.smooth_heads[3].conv.bias.data = torch.tensor([0.0, 5.0, 0.0])
     monkeypatch.setattr(inference, "has_bf16_arithmetic", lambda: supported)
-    predictor = Predictor(model)
+    predictor, runs = Predictor(model), []
+    run = predictor._run
+    monkeypatch.setattr(predictor, "_run", lambda images: runs.append(predictor.amp) or run(images))
     labels = predictor(image)
     took = supported and not changes
+    assert runs == (["off", "bf16"] if supported else ["off"])  # no precision twice
     assert predictor.network.dtype == (torch.bfloat16 if took else torch.float32)
     assert predictor.describe().endswith(", bf16") == took
     np.testing.assert_array_equal(labels, Predictor(model, amp="bf16" if took else "off")(image))
