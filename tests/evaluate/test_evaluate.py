@@ -254,6 +254,16 @@ def test_a_file_that_is_never_read_is_named(model):
         evaluate(Predictor(model, amp="off"), Hanging(), timeout=0.2)
 
 
+def test_the_report_does_not_replace_the_checkpoint(model, root, tmp_path):
+    path = save_checkpoint(model, tmp_path / "best.pth")
+    (tmp_path / "link.json").symlink_to(path)
+    before = path.read_bytes()
+    for name in ("best.pth", "link.json"):
+        with pytest.raises(ConfigError, match=rf"--json .*{name} is the checkpoint itself"):
+            main([str(path), "--root", str(root), "--json", str(tmp_path / name), "--device", "cpu"])
+    assert path.read_bytes() == before
+
+
 def test_border_of_a_network_without_one_is_an_error_before_work(tmp_path, root):
     torch.save(small_network(3, border=False).state_dict(), tmp_path / "bare.pth")
     with pytest.raises(ConfigError, match="Border Network"):
