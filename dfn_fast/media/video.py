@@ -118,7 +118,8 @@ class VideoReader:
             )
         self.decoded += 1
         self._milliseconds = self._capture.get(cv2.CAP_PROP_POS_MSEC)
-        self._times.append(self._milliseconds / 1000)
+        if not self.live:  # a recording may last for days
+            self._times.append(self._milliseconds / 1000)
         return cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
 
     def _no_frame(self) -> str:
