@@ -82,11 +82,9 @@ def main(argv: list[str] | None = None) -> int:
             raise ConfigError(f"--border-width {arguments.border_width} is for the Border Network: add --border")
     if arguments.json is not None and not arguments.json.parent.is_dir():
         raise ConfigError(f"--json {arguments.json}: its folder does not exist; create it first")
-    if arguments.json is not None and arguments.json.exists() and Path(arguments.checkpoint).exists():
-        if arguments.json.samefile(arguments.checkpoint):
-            raise ConfigError(
-                f"--json {arguments.json} is the checkpoint itself, which it would replace; name another file"
-            )
+    both = [path for path in (arguments.json, Path(arguments.checkpoint)) if path is not None and path.exists()]
+    if len(both) == 2 and both[0].samefile(both[1]):
+        raise ConfigError(f"--json {arguments.json} is the checkpoint itself, which it would replace; name another")
     if arguments.deterministic:
         choose_algorithms(True)
     with processes() as world:
