@@ -66,11 +66,12 @@ def test_a_later_validation_that_is_worse_leaves_the_best_network(tiny, monkeypa
     scores = iter([0.5, 0.25])
 
     def worse(*arguments, **options):
+        assert options["timeout"] == 70
         return dataclasses.replace(real(*arguments, **options), mean_iou=next(scores))
 
     real = report.evaluate
     monkeypatch.setattr(report, "evaluate", worse)
-    run = tiny("run")
+    run = tiny("run", "--loader-timeout", "70")
     assert read_file(run.best)["position"]["iteration"] == 3
     position = read_file(run.last)["position"]
     assert (position["best_mean_iou"], position["last_mean_iou"]) == (0.5, 0.25)
