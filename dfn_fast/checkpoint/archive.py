@@ -62,12 +62,9 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], Any], previous: str | P
     try:
         with replacing(path, previous) as file:
             write(file)
-    except (OSError, RuntimeError) as error:  # torch.save hides the system's error behind a RuntimeError of its own
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, OSError):
-            cause = cause.__cause__ or cause.__context__
+    except (OSError, RuntimeError) as error:
         raise CheckpointError(
-            f"{path}: could not be written ({cause or error}); the file of that name, if there was one, is unchanged. "
+            f"{path}: could not be written ({error}); the file of that name, if there was one, is unchanged. "
             "Free some space, or choose a folder that exists and can be written"
         ) from error
 
