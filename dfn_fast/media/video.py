@@ -8,6 +8,7 @@ import math
 import os
 import re
 import tempfile
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -60,7 +61,8 @@ class VideoReader:
                 f"{source}: this video has frames of {width:.0f}x{height:.0f} pixels by its header, expected at most "
                 f"{MAX_FRAME_PIXELS}; is it damaged? If not, make it smaller"
             )
-        self.decoded, self._milliseconds, self._reading = 0, 0.0, False
+        self.decoded, self._milliseconds = 0, 0.0
+        self._reading = threading.Lock()  # OpenCV ends the process if a frame is read while another is
         self._times: list[float] = []
         self._first = self._decode()
         if self._first is None:
@@ -101,13 +103,14 @@ class VideoReader:
         return missing
 
     def _decode(self) -> np.ndarray | None:
-        self._reading = True
+        if not self._reading.acquire(blocking=False):
+            raise DataError(f"{self.source}: a frame of it is still being read")
         try:
             ok, frame = self._capture.read()
         except cv2.error as error:
             raise DataError(f"{self.source}: OpenCV cannot decode this video ({str(error).strip()})") from error
         finally:
-            self._reading = False
+            self._reading.release()
         if not ok:
             return None
         if self.decoded and frame.shape[:2] != self.size:
@@ -134,7 +137,7 @@ class VideoReader:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if not self._reading:  # under a reader that hangs, it would end the process
+        if self._reading.acquire(blocking=False):  # under a read that hangs, this would end the process
             self._capture.release()
 
 
