@@ -41,11 +41,16 @@ def data_record(train_set: SegmentationDataset, val_set: SegmentationDataset) ->
 
 
 def require_same_data(
-    content: dict[str, Any], checkpoint: Path, train_set: SegmentationDataset, val_set: SegmentationDataset
+    content: dict[str, Any],
+    checkpoint: Path,
+    train_set: SegmentationDataset,
+    val_set: SegmentationDataset,
+    *,
+    tell: bool = True,
 ) -> None:
     """Raises :class:`DataError` if classes or samples are not those that the checkpoint was written with.
 
-    A checkpoint of an earlier version holds the classes only, which a note says.
+    A checkpoint of an earlier version holds the classes only, which a note says, with ``tell``.
     """
     remedy = "restore the data set as it was, or start a new run with --config and --weights"
     classes = list(content["classes"])
@@ -55,12 +60,13 @@ def require_same_data(
             f"{listed(map(brief, train_set.classes))}; {remedy}"
         )
     record = content.get("data")
-    if record is None:
+    if record is None and tell:
         print(
             f"note: {checkpoint} is of an earlier version and does not say which images it was trained on; "
             "the run continues as if they were the same",
             file=sys.stderr,
         )
+    if record is None:
         return
     for part, dataset in (("train", train_set), ("val", val_set)):
         before, now = record[part].split(BETWEEN), dataset.names()

@@ -286,7 +286,7 @@ class Run:
         """
         path = self.folder.read
         try:
-            require_same_data(content, path, self.train_set, self.val_set)
+            require_same_data(content, path, self.train_set, self.val_set, tell=self.world.is_first)
             require_finite(content, path)
             if self.world.is_first:
                 tell_of_another_machine(content, path, machine_record(self.trainer))
