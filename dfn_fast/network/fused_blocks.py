@@ -154,7 +154,9 @@ class FusedRRB(nn.Module):
         self.conv = _fold(compose(conv, before) if self.composed else conv, block.cbr.bn, width)
         refine = pad(block.conv_refine.weight.detach().double(), width, width)
         if last is None:
-            self.refine, self.last = Convolution(refine, relu=block.last_relu), None
+            bias = refine.new_zeros(len(refine)) if block.last_relu else None  # cuDNN fuses a ReLU only after a bias
+            self.refine = Convolution(refine, bias, relu=block.last_relu)
+            self.last = None
             return
         assert last.bias is not None
         weight, bias = last.weight.detach().double(), last.bias.detach().double()

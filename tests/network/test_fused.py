@@ -230,6 +230,26 @@ def test_fused_conv_on_a_gpu(residual, relu):
     assert (ours - expected).abs().max() <= 2 * (theirs - expected).abs().max() + slack
 
 
+@torch.no_grad()
+def test_every_convolution_before_a_relu_has_a_bias(monkeypatch):
+    """Without one, cuDNN has no fused call: the convolution, the residual and the ReLU would be three kernels."""
+    from dfn_fast.network import fused_blocks
+
+    calls = []
+
+    def recorded(x, weight, bias, residual, **settings):
+        calls.append((settings["relu"], bias is None))
+        return fused_conv(x, weight, bias, residual, **settings)
+
+    fused_conv = fused_blocks.fused_conv
+    fused = FusedDFN(random_dfn().eval(), return_border=True)
+    monkeypatch.setattr(fused_blocks, "fused_conv", recorded)
+    stages = fused.stages(batch((40, 48))[0])
+    fused.smooth_scores(stages), fused.border_scores(stages)
+    assert calls.count((True, True)) == 0
+    assert calls.count((True, False)) > 30
+
+
 def pack_for(sides, packed, weight):
     """Convolves images of ``sides`` with one packed weight, each against the definition."""
     from dfn_kernels.convolution.fused_conv import fused_conv, fused_conv_ref
