@@ -5,6 +5,7 @@ because it reads and writes the indices of a palette PNG; OpenCV would return th
 """
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ ORIENTATION = 0x0112  # in EXIF: 1 upright, 2 to 8 turned or mirrored
 _BAND = 1 << 20  # pixels that are converted at a time
 # EXIF's orientations: are rows and columns swapped, do rows of the file run upwards, do columns run to the left?
 _TURNS = [(0, 0, 0), (0, 0, 0), (0, 0, 1), (0, 1, 1), (0, 1, 0), (1, 0, 0), (1, 1, 0), (1, 1, 1), (1, 0, 1)]
-_KINDS = {"1": "1-bit", "I;16": "16-bit", "I": "32-bit", "F": "floating-point"}
+_KINDS = {"1": "1-bit", "I;16": "16-bit", "I;16B": "16-bit", "I": "32-bit", "F": "floating-point"}
 
 
 def read_image(path: str | Path, remarks: list[str] | None = None) -> np.ndarray:
@@ -57,25 +58,39 @@ def read_image(path: str | Path, remarks: list[str] | None = None) -> np.ndarray
 def read_label(path: str | Path) -> np.ndarray:
     """The class ids of a single-channel or palette image as ``[H, W]`` uint8, turned by its EXIF orientation."""
     with open_image(path, "label") as image:
-        if image.format in ("JPEG", "MPO") or is_lossy(image):
-            raise DataError(f"{path}: this label is a JPEG, whose compression changes class ids; make it again as PNG")
-        # Grey values of 2 or 4 bits, or of a PGM whose largest value is not 255, are stretched to 0..255, and those of
-        # a TIFF in which 0 is white are turned round.
-        changed = re.search(r"L;[24I]|'ppm", _coding(image)) or jpeg2000_bits(image) - {8}
-        if image.mode not in ("L", "P") or changed:
-            kind = "values that are stretched to 0..255, or inverted" if changed else _KINDS.get(image.mode, image.mode)
-            raise DataError(
-                f"{path}: expected a label with one 8-bit channel or a palette, got {kind}; "
-                "save class ids 0..254 (255: ignore) as a single-channel or palette PNG"
-            )
-        if problem := tiff_problem(image):
-            raise DataError(f"{path}: this label is a {problem}")
-        if other_pages(image):
-            raise DataError(f"{path}: expected one label, got several frames or pages; save the right one as PNG")
-        image.load()
-        labels, as_stored = _canvas(image.size, orientation(image))
-        as_stored[...] = np.asarray(image)
-        return labels
+        return stored_pixels(image, path, ("L", "P"))
+
+
+def stored_pixels(image: Image.Image, path: str | Path, modes: Iterable[str]) -> np.ndarray:
+    """The uint8 pixels of an opened label, which has one of ``modes``, as they are in the file, but turned upright.
+
+    Raises :class:`DataError` for a label that was compressed with loss, or whose values Pillow would change.
+    """
+    if image.format in ("JPEG", "MPO") or is_lossy(image):
+        raise DataError(f"{path}: this label is a JPEG, whose compression changes class ids; make it again as PNG")
+    # Grey values of 2 or 4 bits, or of a PGM whose largest value is not 255, are stretched to 0..255, and those of
+    # a TIFF in which 0 is white are turned round. Colours of other than 8 bits are scaled.
+    changed = re.search(r"L;[24I]|1;I|'ppm'|[ABR];(?:[24]|1[56])", _coding(image)) or jpeg2000_bits(image) - {8}
+    if image.mode not in modes or changed:
+        kind = "values that are stretched to 0..255, or inverted" if changed else _KINDS.get(image.mode, image.mode)
+        raise DataError(
+            f"{path}: expected a label with one 8-bit channel or a palette, got {kind}; "
+            "save class ids 0..254 (255: ignore) as a single-channel or palette PNG"
+        )
+    if problem := tiff_problem(image):
+        raise DataError(f"{path}: this label is a {problem}")
+    if other_pages(image):
+        raise DataError(f"{path}: expected one label, got several frames or pages; save the right one as PNG")
+    image.load()
+    pixels = np.asarray(image)
+    if pixels.dtype.itemsize > 1 and (pixels.min() < 0 or pixels.max() > IGNORE):
+        raise DataError(
+            f"{path}: expected a label with one 8-bit channel or a palette, got {_KINDS.get(image.mode, image.mode)} "
+            f"values of {pixels.min()}..{pixels.max()}; save class ids 0..254 (255: ignore)"
+        )
+    labels, as_stored = _canvas(image.size, orientation(image), *pixels.shape[2:])
+    as_stored[...] = pixels
+    return labels
 
 
 def orientation(image: Image.Image) -> int:
