@@ -54,6 +54,17 @@ def _check_command(arguments: list[str]) -> int:
     parser.add_argument(
         "--classes", metavar="FILE", help="classes of a folder or list, one per line: name, or name R G B"
     )
+    parser.add_argument(
+        "--ignore-value", type=int, metavar="N", help="value in the masks of a folder or list to ignore, besides 255"
+    )
+    parser.add_argument(
+        "--label-offset",
+        type=int,
+        metavar="N",
+        default=0,
+        help="number to add to the values in the masks of a folder or list; -1 if their classes begin at 1 and 0 is "
+        "no label (default: 0)",
+    )
     parser.add_argument("--allow-outside-root", action="store_true", help="let lists name files outside --root")
     cores = min(8, os.cpu_count() or 1)
     parser.add_argument(
@@ -80,6 +91,8 @@ def _check_command(arguments: list[str]) -> int:
         chosen.split,
         num_classes=chosen.num_classes,
         classes=chosen.classes,
+        ignore_value=chosen.ignore_value,
+        label_offset=chosen.label_offset,
         allow_outside_root=chosen.allow_outside_root,
         workers=chosen.workers,
         file_timeout=chosen.file_timeout,

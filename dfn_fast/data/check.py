@@ -120,6 +120,8 @@ def check(
     *,
     num_classes: int | None = None,
     classes: str | Path | None = None,
+    ignore_value: int | None = None,
+    label_offset: int = 0,
     allow_outside_root: bool = False,
     workers: int = 2,
     file_timeout: float = FILE_SECONDS,
@@ -139,7 +141,14 @@ def check(
     for split in parts:
         try:
             dataset = build_dataset(
-                name, root, split, num_classes=num_classes, classes=classes, allow_outside_root=allow_outside_root
+                name,
+                root,
+                split,
+                num_classes=num_classes,
+                classes=classes,
+                ignore_value=ignore_value,
+                label_offset=label_offset,
+                allow_outside_root=allow_outside_root,
             )
         except DataError as error:
             problems = error.problems if isinstance(error, PairingError) else [str(error)]

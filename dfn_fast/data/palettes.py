@@ -18,13 +18,26 @@ class Palettes:
     colours by how often they occur, so that one id means another class in each file.
     """
 
-    def __init__(self, colours: dict[int, Colour], source: str | Path, samples: Iterable[Path] = ()):
-        """``samples`` are labels of other splits, which must agree too. They are read with the first label."""
+    def __init__(
+        self,
+        colours: dict[int, Colour],
+        source: str | Path,
+        samples: Iterable[Path] = (),
+        class_ids: np.ndarray | None = None,
+    ):
+        """``samples`` are labels of other splits, which must agree too. They are read with the first label.
+
+        ``class_ids`` ``[256]`` has the class id of each value in a label, if it is another number.
+        """
+        self._class_ids = (np.arange(256) if class_ids is None else class_ids).tolist()
         self._known: dict[int, tuple[Colour, str | Path]] = {i: (colour, source) for i, colour in colours.items()}
         self._samples = list(samples)
 
     def compare(self, ids: np.ndarray, path: Path) -> None:
-        """Raises :class:`DataError` if an id in the label file ``path`` has another colour there than is known."""
+        """Raises :class:`DataError` if an id in the label file ``path`` has another colour there than is known.
+
+        ``ids`` are the values in the file.
+        """
         samples, self._samples = self._samples, []
         for sample in samples:
             try:
@@ -39,7 +52,8 @@ class Palettes:
         if not palette:
             return
         used = np.flatnonzero(np.bincount(ids.ravel(), minlength=256))
-        self._add({i: (palette[i], path) for i in used.tolist() if i < len(palette) and i != IGNORE})
+        pairs = [(self._class_ids[value], palette[value]) for value in used.tolist() if value < len(palette)]
+        self._add({i: (colour, path) for i, colour in pairs if i != IGNORE})
 
     def agree(self, other: "Palettes") -> None:
         """Raises :class:`DataError` if an id has another colour in ``other``, that of another split."""

@@ -36,7 +36,7 @@ class Entry:
     val: str = "val"
     splits: tuple[str, ...] = ()  # all splits; none if they depend on the root
     needs_root: bool = True
-    free_classes: bool = False  # takes num_classes= and classes=
+    free_classes: bool = False  # takes num_classes=, classes=, ignore_value= and label_offset=
     lists: bool = False  # a file in root names other files; takes allow_outside_root=
     counts: Mapping[str, int] = field(default_factory=dict)  # images of the published splits
 
@@ -138,12 +138,15 @@ def build_dataset(
     *,
     num_classes: int | None = None,
     classes: str | Path | None = None,
+    ignore_value: int | None = None,
+    label_offset: int = 0,
     allow_outside_root: bool = False,
     seed: int = 0,
 ) -> SegmentationDataset:
     """A split of the data set ``name``, or several joined by ``+`` as in ``"train+train_extra"``.
 
-    ``num_classes`` and ``classes`` (a file) give the classes of ``folder`` and ``list``; ``seed`` is for ``synthetic``.
+    ``num_classes`` and ``classes`` (a file) give the classes of ``folder`` and ``list``; in their masks,
+    ``ignore_value`` means what 255 does, and ``label_offset`` is added to other values. ``seed`` is for ``synthetic``.
     ``allow_outside_root`` lets a list of image files name files that are not below ``root``.
     Raises :class:`ConfigError` for an unknown name or split or a missing root, and :class:`DataError` for a root that
     is not laid out as ``DATASETS[name].tree`` shows.
@@ -153,8 +156,13 @@ def build_dataset(
     options: dict[str, Any] = {}
     if entry.free_classes:
         options = {"num_classes": num_classes, "classes": classes}
+        options |= {"ignore_value": ignore_value, "label_offset": label_offset}
     elif classes is not None:
         raise ConfigError(f"--classes {classes}: data set {name!r} has its own classes; leave the option out")
+    elif ignore_value is not None or label_offset:
+        raise ConfigError(
+            f"--ignore-value and --label-offset: data set {name!r} has its own label values; leave the options out"
+        )
     if entry.lists:
         options["allow_outside_root"] = allow_outside_root
     splits = split.split("+")

@@ -160,7 +160,7 @@ class TestFiles:
 
     @pytest.mark.parametrize(
         ("label", "kind"),
-        [(noise(4, 6, 3), "RGB"), (noise(4, 6, 4), "RGBA"), (np.full((4, 6), 2, np.uint16), "16-bit")],
+        [(noise(4, 6, 3), "RGB"), (noise(4, 6, 4), "RGBA"), (np.full((4, 6), 256, np.uint16), "16-bit")],
         ids=["RGB", "RGBA", "16-bit"],
     )
     def test_label_of_other_channels(self, read, label, kind):

@@ -10,15 +10,16 @@ A table has a class on each line, in the order of their ids. These are read as w
     name,r,g,b                     class_dict.csv: columns in any order, known by their header
     Pixel Value, Class             Roboflow's _classes.csv
     __ignore__                     LabelMe's labels.txt: its first line is 255, the next is class 0
+    __ignore__ 0 0 0               the same, with the colour of ignored pixels
 
-Lines that begin with ``# `` are comments.
+Lines that begin with ``# `` are comments. A row with id 255 is no class either, and may have a colour.
 """
 
 import contextlib
 import csv
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,7 +52,7 @@ class ClassTable(NamedTuple):
 
     names: tuple[str, ...]
     palette: np.ndarray  # [K, 3] RGB uint8: the given colours, and VOC's for the other classes
-    colours: dict[int, Colour]  # the given ones
+    colours: dict[int, Colour]  # the given ones, also of 255
     source: str  # a file, or the option
 
 
@@ -103,14 +104,14 @@ def read_table(path: Path) -> ClassTable:
         lines = path.read_text(encoding="utf-8-sig").rstrip().split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: expected a text file with one class per line ({error})") from error
-    rows = _with_ids(path, _rows(path, [line.strip() for line in lines]))
+    rows, void = _with_ids(path, _rows(path, [line.strip() for line in lines]))
     if rows and rows[0].name == "__ignore__":
-        rows = rows[1:]
+        rows, void = rows[1:], rows[:1]
     if not 2 <= len(rows) <= IGNORE:
         raise ConfigError(f"{path}: expected 2..{IGNORE} classes, one per line, got {len(rows)}")
     names: list[str] = []
     colours: dict[int, Colour] = {}
-    for i, row in enumerate(rows):
+    for row in rows:
         where = f"{path}:{row.number}"
         if not 0 < len(row.name) <= MAX_NAME or not row.name.isprintable() or not re.search(r"\w", row.name):
             got = "an empty line" if not row.name else f"{len(row.name)} characters: {brief(row.name)}"
@@ -118,19 +119,41 @@ def read_table(path: Path) -> ClassTable:
         if row.name in names or row.name == "__ignore__":
             place = "occurs twice" if row.name in names else "stands only in the first line"
             raise DataError(f"{where}: class {row.name!r} {place}")
-        if row.colour:
-            if not all(value.isdecimal() and len(value) <= 9 and int(value) <= 255 for value in row.colour):
-                raise DataError(f"{where}: expected a colour of 0..255, got {brief(' '.join(row.colour))}")
-            r, g, b = map(int, row.colour)
-            colours[i] = (r, g, b)
         names.append(row.name)
+    for i, row in [*enumerate(rows), *((IGNORE, row) for row in void)]:
+        if row.colour:
+            colours[i] = _colour(row, f"{path}:{row.number}")
+    _require_distinct(colours, names, path)
     return ClassTable(tuple(names), _palette(len(names), colours), colours, str(path))
+
+
+def _colour(row: _Row, where: str) -> Colour:
+    if not all(value.isdecimal() and len(value) <= 9 and int(value) <= 255 for value in row.colour):
+        raise DataError(f"{where}: expected a colour of 0..255, got {brief(' '.join(row.colour))}")
+    r, g, b = map(int, row.colour)
+    return r, g, b
+
+
+def _require_distinct(colours: dict[int, Colour], names: Sequence[str], source: str | Path) -> None:
+    """Raises :class:`DataError` if two classes have one colour, which a mask's pixels could not tell apart."""
+    first: dict[Colour, int] = {}
+    for i, colour in sorted(colours.items()):
+        if (other := first.setdefault(colour, i)) != i:
+            raise DataError(
+                f"{source}: colour {' '.join(map(str, colour))} is that of {_named(other, names)} and of "
+                f"{_named(i, names)}; give each a colour of its own, or leave the colours out"
+            )
+
+
+def _named(i: int, names: Sequence[str]) -> str:
+    return f"class {i} ({names[i]})" if i < len(names) else f"{i} (ignored)"
 
 
 def _palette(num_classes: int, colours: dict[int, Colour]) -> np.ndarray:
     palette = voc_palette(num_classes)
     for i, colour in colours.items():
-        palette[i] = colour
+        if i < num_classes:
+            palette[i] = colour
     return palette
 
 
@@ -156,9 +179,10 @@ def _agreeing(a: ClassTable, b: ClassTable) -> ClassTable:
         what = " in one, ".join(texts)
     elif different := [i for i in a.colours.keys() & b.colours.keys() if a.colours[i] != b.colours[i]]:
         i = min(different)
-        what = f"class {i} ({a.names[i]}) has colour {a.colours[i]} in one, {b.colours[i]}"
+        what = f"{_named(i, a.names)} has colour {a.colours[i]} in one, {b.colours[i]}"
     else:
         colours = b.colours | a.colours
+        _require_distinct(colours, a.names, f"{a.source} and {b.source}")
         return a._replace(palette=_palette(len(a.names), colours), colours=colours)
     raise DataError(f"{a.source} and {b.source} disagree: {what} in the other; keep one of the two, or give --classes")
 
@@ -239,15 +263,15 @@ def _words(line: str) -> _Row:
     return _Row(line, [])
 
 
-def _with_ids(path: Path, rows: list[_Row]) -> list[_Row]:
-    """The rows in the order of their ids if they have ids, in columns of their own or before each name.
+def _with_ids(path: Path, rows: list[_Row]) -> tuple[list[_Row], list[_Row]]:
+    """The rows in the order of their ids, if they have ids, in columns of their own or before each name; that of 255.
 
-    Raises :class:`DataError` if they are not 0, 1, 2 and so on. A row of 255 is no class.
+    Raises :class:`DataError` if they are not 0, 1, 2 and so on.
     """
     if not any(row.id for row in rows):
         matches = [re.fullmatch(r"(\d{1,3})(?:\s*[:.)=]\s*|\s+)(\D.*)", row.name) for row in rows]
         if not all(matches):
-            return rows
+            return rows, []
         rows = [row._replace(id=m[1], name=m[2]) for row, m in zip(rows, matches, strict=True) if m]
     by_id = {int(row.id): row for row in rows if row.id.isdecimal() and len(row.id) <= 9}
     classes = [by_id[i] for i in sorted(by_id) if i != IGNORE]
@@ -256,4 +280,4 @@ def _with_ids(path: Path, rows: list[_Row]) -> list[_Row]:
             f"{path}: expected each of the ids 0..{len(classes) - 1} once, as a label's pixels hold them, got "
             + listed(row.id or "(none)" for row in rows)
         )
-    return classes
+    return classes, [by_id[IGNORE]] if IGNORE in by_id else []

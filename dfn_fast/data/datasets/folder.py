@@ -4,7 +4,7 @@
 
     ROOT/
       images/a.jpg  images/night/b.png ...
-      masks/a.png   masks/night/b.png ...   class ids 0..254 in one 8-bit channel or a palette; 255: ignore
+      masks/a.png   masks/night/b.png ...   class ids 0..254 (255: ignore), or the colours in classes.txt
       classes.txt                           one class per line: name, or name R G B
 
 A split that you made is kept: ``ROOT/images/{train,val}``, ``ROOT/train/{images,masks}``, or lists of images
@@ -16,29 +16,34 @@ classes.txt.
 
 from pathlib import Path
 
-from dfn_fast.data.base import SegmentationDataset
 from dfn_fast.data.datasets.classes import class_table
 from dfn_fast.data.datasets.classes import read_classes as read_classes
 from dfn_fast.data.datasets.layout import find_part
 from dfn_fast.data.datasets.layout import held_out as held_out
+from dfn_fast.data.datasets.masks import MaskDataset, Numbering
 from dfn_fast.data.datasets.pairing import pair_by_stem
-from dfn_fast.data.palettes import Palettes
 
 
-class FolderDataset(SegmentationDataset):
+class FolderDataset(MaskDataset):
     """A split of the layout in this file's docstring."""
 
     name = "folder"
 
     def __init__(
-        self, root: str | Path, split: str, *, num_classes: int | None = None, classes: str | Path | None = None
+        self,
+        root: str | Path,
+        split: str,
+        *,
+        num_classes: int | None = None,
+        classes: str | Path | None = None,
+        ignore_value: int | None = None,
+        label_offset: int = 0,
     ):
         root = Path(root)
         part = find_part(root, split)
         pairs = pair_by_stem(part.images, part.masks, part.home)
         pairs = [pair for pair in pairs if pair.name in part.stems]
         table = class_table([root, *part.homes], num_classes, classes)
-        self.classes, self.palette = table.names, table.palette
-        self.palettes = Palettes(table.colours, table.source, part.samples)
-        notes = [*part.notes, part.images.note, part.masks.note]
-        super().__init__(pairs, split, part.home, filter(None, notes))
+        notes = filter(None, [*part.notes, part.images.note, part.masks.note])
+        numbering = Numbering(ignore_value, label_offset)
+        super().__init__(pairs, split, part.home, table, numbering, notes, part.samples)

@@ -8,7 +8,8 @@ Split ``train`` is train.txt in the root; a split ending in ``.txt`` is that fil
       classes.txt  one class per line: name, or name R G B
 
 Paths are absolute, or relative to the list's folder or to root. One that leaves root is an error unless
-``--allow-outside-root`` is given, because a list may come from anywhere. Labels hold class ids 0..254, 255 is ignored.
+``--allow-outside-root`` is given, because a list may come from anywhere. Labels hold class ids 0..254 (255: ignore), or
+the colours in classes.txt.
 ``--classes FILE`` or ``--num-classes N`` replaces classes.txt.
 """
 
@@ -16,14 +17,14 @@ import itertools
 import os
 from pathlib import Path
 
-from dfn_fast.data.base import Pair, SegmentationDataset
+from dfn_fast.data.base import Pair
 from dfn_fast.data.datasets.classes import class_table
+from dfn_fast.data.datasets.masks import MaskDataset, Numbering
 from dfn_fast.data.datasets.pairing import PairingError, below, checked_pairs, entries, spellings
-from dfn_fast.data.palettes import Palettes
 from dfn_fast.errors import ConfigError, DataError, nearest, shortened
 
 
-class ListDataset(SegmentationDataset):
+class ListDataset(MaskDataset):
     """A list in the form of this file's docstring; an image's name is its path below root, without the suffix."""
 
     name = "list"
@@ -36,12 +37,13 @@ class ListDataset(SegmentationDataset):
         num_classes: int | None = None,
         classes: str | Path | None = None,
         allow_outside_root: bool = False,
+        ignore_value: int | None = None,
+        label_offset: int = 0,
     ):
         root = Path(root)
         limit = None if allow_outside_root else root
         list_file = _list_file(root, split)
         table = class_table([root], num_classes, classes)
-        self.classes, self.palette, self.palettes = table.names, table.palette, Palettes(table.colours, table.source)
         pairs, problems = [], []
         folders = list(dict.fromkeys((list_file.parent, root)))
         for number, line in entries(list_file, lambda line: bool(_find(line.split("\t")[0], folders, limit))):
@@ -51,7 +53,8 @@ class ListDataset(SegmentationDataset):
                 problems.append(f"{list_file}:{number}: {error}")
         if problems:
             raise PairingError(list_file, problems)
-        super().__init__(checked_pairs(pairs, list_file), split, list_file)
+        numbering = Numbering(ignore_value, label_offset)
+        super().__init__(checked_pairs(pairs, list_file), split, list_file, table, numbering)
 
 
 def _list_file(root: Path, split: str) -> Path:
