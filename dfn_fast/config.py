@@ -55,6 +55,16 @@ class TrainConfig:
         None, "data", "number of classes, for folder and list data without class names", minimum=2, maximum=IGNORE
     )
     classes: str | None = option(None, "data", "file of class names, one per line, for folder and list data")
+    ignore_value: int | None = option(
+        None, "data", "value in the masks of folder and list data to ignore, besides 255", minimum=0, maximum=IGNORE
+    )
+    label_offset: int = option(
+        0,
+        "data",
+        "number to add to the values in the masks of folder and list data; -1: classes begin at 1, 0 is no label",
+        minimum=-IGNORE,
+        maximum=IGNORE,
+    )
     crop: tuple[int, int] = option(
         (512, 512), "data", "size of a training crop: 512 or 512x1024 (height x width)", maximum=MAX_CROP
     )

@@ -47,6 +47,16 @@ def parser() -> cli.Parser:
         "--num-classes", type=int, metavar="N", help="classes of folder or list data (default: the checkpoint's)"
     )
     data.add_argument("--classes", metavar="FILE", help="file of class names of folder or list data, one per line")
+    data.add_argument(
+        "--ignore-value", type=int, metavar="N", help="value in folder or list data's masks to ignore, besides 255"
+    )
+    data.add_argument(
+        "--label-offset",
+        type=int,
+        default=0,
+        metavar="N",
+        help="number to add to the values in folder or list data's masks, as in training (default: 0)",
+    )
     data.add_argument("--allow-outside-root", action="store_true", help="let lists name files outside --root")
     data.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the synthetic scenes (default: 0)")
     data.add_argument("--limit", type=int, metavar="N", help="use only the first N images")
@@ -152,6 +162,8 @@ def _dataset_from(arguments: argparse.Namespace, loaded: LoadedModel) -> Segment
         arguments.split or entry.val,
         num_classes=loaded.model.num_classes if borrowed else num_classes,
         classes=arguments.classes,
+        ignore_value=arguments.ignore_value,
+        label_offset=arguments.label_offset,
         allow_outside_root=arguments.allow_outside_root,
         seed=arguments.seed,
     )

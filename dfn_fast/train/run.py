@@ -65,6 +65,8 @@ class Run:
                 split,
                 num_classes=config.num_classes,
                 classes=config.classes,
+                ignore_value=config.ignore_value,
+                label_offset=config.label_offset,
                 allow_outside_root=config.allow_outside_root,
                 seed=config.seed,
             )

@@ -9,6 +9,7 @@ from PIL import Image
 from dfn_fast.checkpoint.archive import read_file
 from dfn_fast.data import base
 from dfn_fast.errors import DataError
+from dfn_fast.evaluate.__main__ import main as measure
 from support.runs import differences
 
 
@@ -73,3 +74,18 @@ def test_a_validation_without_a_labelled_pixel_says_so_and_keeps_the_newest(tiny
     assert (summary["best_mean_iou"], summary["last_mean_iou"]) == (None, None)
     assert summary["checkpoint"] == str(run.best)
     assert [r["mean_iou"] for r in run.metrics() if r["kind"] == "val"] == [None, None]
+
+
+def test_masks_of_other_numbers_are_trained_on_and_measured(tiny, own_photos, capsys):
+    for mask in own_photos.glob("*/masks/*"):
+        Image.fromarray(np.array(Image.open(mask)) + np.uint8(1)).save(mask)
+    words = ["--root", str(own_photos), "--label-offset", "-1"]
+    with pytest.raises(DataError, match=r"label values \[2\] are not classes"):
+        tiny("plain", *words[:2])
+    run = tiny("run", *words, "--ignore-value", "9", "--stop-after", "1")
+    printed = capsys.readouterr().out
+    assert "note: value 9 of the masks is ignored" in printed
+    assert "note: a class id is a mask's value -1; values below 1 are ignored" in printed
+    assert measure([str(run.last), "--data", "folder", "--device", "cpu", "--ignore-value", "9", *words]) == 0
+    with pytest.raises(DataError, match=r"label values \[2\] are not classes"):
+        measure([str(run.last), "--data", "folder", "--device", "cpu", *words[:2]])

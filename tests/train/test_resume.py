@@ -27,6 +27,8 @@ OTHER = {
     "val_split": "test",
     "num_classes": 3,
     "classes": "classes.txt",
+    "ignore_value": 9,
+    "label_offset": -1,
     "crop": (64, 64),
     "scales": (1.0,),
     "flip": False,
