@@ -152,7 +152,7 @@ def inference_rows(config: TrainConfig, images: int) -> list[Row]:
         row("convolution, bias, ReLU in one call", lambda: fast.fuse(dtype=half), half, last),
     ]
     if not CPU:
-        graph = Graphed(lambda: GraphCache(fast.fuse(dtype=half), limit_bytes=1 << 33))
+        graph = Graphed(lambda: GraphCache(fast.fuse(dtype=half), limit_bytes=1 << 33, capture_at=1))
         rows.append(row("one CUDA graph", lambda: graph, half, last))
     return rows
 

@@ -56,8 +56,9 @@ class Predictor:
             on CUDA; on a CPU with bf16 arithmetic too, unless it changes more than one label in a thousand of the first
             image.
         compile: runs the network through torch.compile: half a minute for each size, then faster.
-        graphs: on CUDA, runs each size of whole images as one CUDA graph.
-        graph_cache_bytes: the most that the graphs of all sizes may take together.
+        graphs: on CUDA, runs each size of whole images that comes three times, or was warmed up, as one CUDA graph.
+        graph_cache_bytes: the most that the graphs of all sizes may take together; None: a quarter of the device's
+            memory that is free when the first one is captured.
         bucket: pads images to multiples of this at the bottom and right, and cuts the labels out again: fewer sizes,
             fewer graphs, slightly other labels.
         preset: an older name of ``rule``.
@@ -81,7 +82,7 @@ class Predictor:
         amp: str = "auto",
         compile: bool = False,  # noqa: A002  torch's own word for it
         graphs: bool = True,
-        graph_cache_bytes: int = 1 << 31,
+        graph_cache_bytes: int | None = None,
         bucket: int | None = None,
         preset: str | None = None,
     ):
@@ -250,9 +251,10 @@ class Predictor:
         """The graphs of whole images, if there are to be any."""
         if not self._wants_graphs():
             return None
-        if self._cache is None:
-            self._cache = GraphCache(self._run, limit_bytes=self.graph_cache_bytes, graphs=CudaGraphs(self.device))
-        return self._cache
+        with first_call():
+            if self._cache is None:
+                self._cache = GraphCache(self._run, limit_bytes=self.graph_cache_bytes, graphs=CudaGraphs(self.device))
+            return self._cache
 
     def _wants_graphs(self) -> bool:
         return self.device.type == "cuda" and self.graphs and self._settings.window is None

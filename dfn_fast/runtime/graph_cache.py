@@ -7,7 +7,7 @@ waits for the one before it, on the device only, and returns a new tensor.
 import contextlib
 import threading
 import warnings
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +39,11 @@ class CudaGraphs:
         """The bytes that the pool has taken from the device, whatever other threads allocate meanwhile."""
         segments = torch.cuda.memory_snapshot()
         return sum(s["total_size"] for s in segments if tuple(s["segment_pool_id"]) == tuple(self.pool))
+
+    def free_bytes(self) -> int:
+        """The device's free memory, with what PyTorch has reserved and does not use."""
+        unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return torch.cuda.mem_get_info(self.device)[0] + unused
 
     def warm_up(self, run: Callable[[], Tensor]) -> None:
         """Runs ``run`` eagerly a few times, so that it compiles, chooses algorithms and allocates."""
@@ -110,22 +115,33 @@ class GraphCache:
             synchronising the host. It runs without gradients. The weights that it reads must stay where they are:
             :meth:`clear` the cache after moving them.
         limit_bytes: for the pool and the graphs' inputs together; the driver's memory for launches is not counted.
-            The least recently used graph is dropped first. A pool shrinks only as a whole: one that has outgrown the
-            limit is dropped with all its graphs, and the newest is captured again in a new one. ``ConfigError``
-            below 1.
+            None: a quarter of the device's memory that is free now. The least recently used graph is dropped first. A
+            pool shrinks only as a whole: one that has outgrown the limit is dropped with all its graphs, and the newest
+            is captured again in a new one. ``ConfigError`` below 1.
         graphs: defaults to those of the current CUDA device.
+        capture_at: a shape runs eagerly until it has come this many times: a capture costs several passes, which a
+            shape that hardly comes again does not repay.
 
     If the capture of a shape fails, or its graph by itself is larger than the limit, that shape runs eagerly from then
     on, with one warning. Any thread may call, on any stream. Raises ``ValueError`` for images on another device.
     """
 
-    def __init__(self, run: Callable[[Tensor], Tensor], *, limit_bytes: int, graphs: CudaGraphs | None = None):
-        if limit_bytes < 1:
+    def __init__(
+        self,
+        run: Callable[[Tensor], Tensor],
+        *,
+        limit_bytes: int | None = None,
+        graphs: CudaGraphs | None = None,
+        capture_at: int = 3,
+    ):
+        if limit_bytes is not None and limit_bytes < 1:
             raise ConfigError(f"graph_cache_bytes {limit_bytes}: expected a positive number of bytes, such as 2**31")
-        self.run, self.limit_bytes = run, limit_bytes
         self.graphs = CudaGraphs(torch.device("cuda")) if graphs is None else graphs
+        self.run, self.capture_at = run, capture_at
+        self.limit_bytes = self.graphs.free_bytes() // 4 if limit_bytes is None else limit_bytes
         self.kept: OrderedDict[Key, Graph] = OrderedDict()  # the most recently used last
         self.eager: set[Key] = set()
+        self.seen: Counter[Key] = Counter()  # how often a shape without a graph has come
         self.pool_bytes = self.hits = self.captures = self.evictions = self.failures = 0
         self.lock = threading.Lock()
 
@@ -134,7 +150,7 @@ class GraphCache:
         if images.device != self.graphs.device:
             raise ValueError(f"expected images on {self.graphs.device}, got {images.device}")
         with self.lock:
-            graph = self._graph(images)
+            graph = self._graph(images, self.capture_at)
             if graph is not None:
                 return self._replay(graph, images)
         return self.run(images)
@@ -146,7 +162,7 @@ class GraphCache:
         for shape in sorted((torch.Size(shape) for shape in shapes), key=lambda s: s.numel(), reverse=True):
             with self.lock:
                 if (shape, torch.uint8) not in self.kept:
-                    self._graph(torch.zeros(shape, dtype=torch.uint8, device=self.graphs.device))
+                    self._graph(torch.zeros(shape, dtype=torch.uint8, device=self.graphs.device), capture_at=1)
 
     def clear(self) -> None:
         """Drops all graphs, once the device has finished with them. Shapes that run eagerly continue to do so."""
@@ -170,8 +186,8 @@ class GraphCache:
         finally:
             self.graphs.record()
 
-    def _graph(self, images: Tensor) -> Graph | None:
-        """The graph for these images, captured if there is none; None if they run eagerly."""
+    def _graph(self, images: Tensor, capture_at: int) -> Graph | None:
+        """The graph for these images, captured if their shape has come so often; None if they run eagerly."""
         key = (images.shape, images.dtype)
         if key in self.eager:
             return None
@@ -180,6 +196,9 @@ class GraphCache:
             self.hits += 1
             self.kept.move_to_end(key)
             return graph
+        self.seen[key] += 1
+        if self.seen[key] < capture_at:
+            return None
         self.graphs.wait()  # replays use resources of the stream that warms up, such as cuBLAS's workspace
         try:
             graph = self._add(key, images)

@@ -33,7 +33,7 @@ def kept(cache):
 
 
 def test_every_size_in_any_order_gives_what_eager_gives():
-    cache = GraphCache(classes, limit_bytes=PLENTY, graphs=StandIn())
+    cache = GraphCache(classes, limit_bytes=PLENTY, graphs=StandIn(), capture_at=1)
     order = torch.randperm(60, generator=torch.Generator().manual_seed(0)).tolist()
     results = []
     for i in order:
@@ -45,8 +45,27 @@ def test_every_size_in_any_order_gives_what_eager_gives():
     assert cache.statistics() == {**counts, "bytes": input_bytes(*SIZES)}
 
 
+def test_a_size_is_captured_when_it_comes_the_third_time():
+    graphs = StandIn()
+    cache = GraphCache(classes, limit_bytes=PLENTY, graphs=graphs)
+    for size in ((1, 4, 4), (1, 5, 5), (1, 4, 4), (1, 5, 5)):
+        images = random_images(size, 0)
+        assert torch.equal(cache(images), classes(images))
+    assert graphs.calls == []
+    images = random_images((1, 4, 4), 0)
+    assert torch.equal(cache(images), classes(images))
+    assert cache.statistics()["captures"] == 1
+    cache.warm_up([(1, 6, 6, 3)])  # which captures at once
+    assert cache.statistics()["captures"] == 2
+
+
+def test_without_a_limit_a_quarter_of_the_free_memory_is_one():
+    cache = GraphCache(classes, graphs=StandIn())
+    assert cache.limit_bytes == StandIn().free_bytes() // 4 == 1 << 31
+
+
 def test_the_images_of_the_caller_are_left_alone_and_may_be_strided():
-    cache = GraphCache(classes, limit_bytes=PLENTY, graphs=StandIn())
+    cache = GraphCache(classes, limit_bytes=PLENTY, graphs=StandIn(), capture_at=1)
     for seed in range(3):
         planar = random_images((2, 6, 9), seed).permute(0, 3, 1, 2).contiguous()
         images = planar.permute(0, 2, 3, 1)  # [B, H, W, 3], not contiguous
@@ -56,7 +75,7 @@ def test_the_images_of_the_caller_are_left_alone_and_may_be_strided():
 
 
 def test_another_dtype_is_another_graph():
-    cache = GraphCache(classes, limit_bytes=PLENTY, graphs=StandIn())
+    cache = GraphCache(classes, limit_bytes=PLENTY, graphs=StandIn(), capture_at=1)
     images = random_images((1, 4, 4), 0)
     assert torch.equal(cache(images), cache(images.int()))
     assert cache.statistics()["captures"] == 2
@@ -64,7 +83,9 @@ def test_another_dtype_is_another_graph():
 
 def test_a_new_size_warms_up_before_its_capture_and_a_known_one_replays_between_wait_and_record():
     graphs, runs = StandIn(), []
-    cache = GraphCache(lambda images: runs.append(None) or classes(images), limit_bytes=PLENTY, graphs=graphs)
+    cache = GraphCache(
+        lambda images: runs.append(None) or classes(images), limit_bytes=PLENTY, graphs=graphs, capture_at=1
+    )
     cache(random_images((1, 4, 4), 0))
     # Warming up waits as well: a replay on another stream may use the workspaces of the stream that warms up.
     assert graphs.calls == ["wait", "warm_up", "capture", "record", "wait", "replay", "record"]
@@ -75,7 +96,7 @@ def test_a_new_size_warms_up_before_its_capture_and_a_known_one_replays_between_
 
 
 def test_a_graph_of_inference_mode_serves_calls_without_and_with():
-    cache = GraphCache(classes, limit_bytes=PLENTY, graphs=StandIn())
+    cache = GraphCache(classes, limit_bytes=PLENTY, graphs=StandIn(), capture_at=1)
     with torch.inference_mode():
         cache(random_images((1, 4, 4), 0))
     images = random_images((1, 4, 4), 1)
@@ -89,7 +110,7 @@ def test_a_graph_of_inference_mode_serves_calls_without_and_with():
 def test_the_function_runs_without_gradients():
     weight = torch.ones(3, requires_grad=True)
     graphs = StandIn()
-    cache = GraphCache(lambda images: images @ weight, limit_bytes=PLENTY, graphs=graphs)
+    cache = GraphCache(lambda images: images @ weight, limit_bytes=PLENTY, graphs=graphs, capture_at=1)
     assert not cache(torch.ones(1, 2, 2, 3)).requires_grad
     graphs.error = lambda run: RuntimeError("no")
     with pytest.warns(UserWarning, match="without a CUDA graph"):
@@ -98,7 +119,7 @@ def test_the_function_runs_without_gradients():
 
 def test_the_graph_used_longest_ago_goes_first():
     a, b, c, d = (1, 4, 4), (1, 4, 5), (1, 5, 4), (1, 2, 4)
-    cache = GraphCache(classes, limit_bytes=input_bytes(a, b, c), graphs=StandIn())
+    cache = GraphCache(classes, limit_bytes=input_bytes(a, b, c), graphs=StandIn(), capture_at=1)
     for size in (a, b, c, a):  # exactly the limit
         cache(random_images(size, 0))
     assert kept(cache) == [b, c, a]
@@ -113,7 +134,7 @@ def test_the_graph_used_longest_ago_goes_first():
 @pytest.mark.parametrize("fragmented", [False, True])
 def test_the_bytes_stay_within_the_limit(fragmented):
     graphs = StandIn(size=lambda output: 10 * output.numel(), fragmented=fragmented)
-    cache = GraphCache(classes, limit_bytes=1500, graphs=graphs)
+    cache = GraphCache(classes, limit_bytes=1500, graphs=graphs, capture_at=1)
     order = torch.randint(0, len(SIZES), (80,), generator=torch.Generator().manual_seed(0)).tolist()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -129,7 +150,7 @@ def test_the_bytes_stay_within_the_limit(fragmented):
 def test_a_pool_that_has_outgrown_the_limit_is_given_up_for_a_fresh_one():
     a, b, c = (1, 10, 10), (1, 9, 10), (1, 8, 10)
     graphs = StandIn(size=lambda output: 10 * output.numel(), fragmented=True)
-    cache = GraphCache(classes, limit_bytes=2500, graphs=graphs)
+    cache = GraphCache(classes, limit_bytes=2500, graphs=graphs, capture_at=1)
     cache(random_images(a, 0))
     cache(random_images(b, 0))
     assert graphs.pools == 1
@@ -143,7 +164,7 @@ def test_a_pool_that_has_outgrown_the_limit_is_given_up_for_a_fresh_one():
 
 def test_a_limit_too_small_for_one_graph_warns_once_and_runs_without():
     graphs = StandIn(size=lambda output: 1000 * output.numel())
-    cache = GraphCache(classes, limit_bytes=30_000, graphs=graphs)
+    cache = GraphCache(classes, limit_bytes=30_000, graphs=graphs, capture_at=1)
     small, large = (1, 5, 5), (1, 6, 6)
     cache(random_images(small, 0))
     told = r"images \[1, 6, 6, 3\] .* takes 36,108 bytes, more than the 30,000 that graph_cache_bytes allows"
@@ -161,7 +182,7 @@ def test_a_failed_capture_warns_once_with_the_reason_and_still_answers():
         return RuntimeError("operation not permitted when stream is capturing\nmore") if run().shape[1] == 6 else None
 
     graphs = StandIn(error=error)
-    cache = GraphCache(classes, limit_bytes=PLENTY, graphs=graphs)
+    cache = GraphCache(classes, limit_bytes=PLENTY, graphs=graphs, capture_at=1)
     told = r"images \[1, 6, 4, 3\] run without a CUDA graph: .* \(operation not permitted when stream is capturing\)$"
     with pytest.warns(UserWarning, match=told) as caught:
         check(cache, classes, *(random_images((1, 6, 4), seed) for seed in range(3)))
@@ -180,7 +201,7 @@ def test_an_error_of_the_function_itself_is_the_callers():
             raise ValueError("too tall")
         return classes(images)
 
-    cache = GraphCache(run, limit_bytes=PLENTY, graphs=StandIn())
+    cache = GraphCache(run, limit_bytes=PLENTY, graphs=StandIn(), capture_at=1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for _ in range(2):
@@ -192,7 +213,7 @@ def test_an_error_of_the_function_itself_is_the_callers():
 
 def test_a_replay_that_fails_is_waited_for_too():
     graphs = StandIn()
-    cache = GraphCache(classes, limit_bytes=PLENTY, graphs=graphs)
+    cache = GraphCache(classes, limit_bytes=PLENTY, graphs=graphs, capture_at=1)
     images = random_images((1, 4, 4), 0)
     cache(images)
     graph = next(iter(cache.kept.values()))
@@ -212,7 +233,7 @@ def test_a_replay_that_fails_is_waited_for_too():
 def test_warming_up_captures_the_largest_first():
     pixels = []
     graphs = StandIn(size=lambda output: pixels.append(output.numel()) or 0)
-    cache = GraphCache(classes, limit_bytes=PLENTY, graphs=graphs)
+    cache = GraphCache(classes, limit_bytes=PLENTY, graphs=graphs, capture_at=1)
     cache(random_images((1, 4, 4), 0))
     cache.warm_up([[*size, 3] for size in [(1, 5, 7), (1, 1, 1), (3, 4, 4), (1, 4, 4), (2, 8, 8), (2, 8, 8)]])
     assert pixels == [16, 128, 48, 35, 1]
@@ -223,7 +244,7 @@ def test_warming_up_captures_the_largest_first():
 
 @pytest.mark.parametrize("limit", [PLENTY, 500])
 def test_threads_with_sizes_of_their_own_get_their_own_answers(limit):
-    cache = GraphCache(classes, limit_bytes=limit, graphs=StandIn())
+    cache = GraphCache(classes, limit_bytes=limit, graphs=StandIn(), capture_at=1)
     start, wrong = threading.Barrier(8), []
 
     def work(thread):
@@ -250,7 +271,7 @@ def test_threads_with_sizes_of_their_own_get_their_own_answers(limit):
 def test_an_evicted_graph_leaves_nothing_behind_and_goes_once_the_device_is_done_with_it():
     graphs, alive_at_finish = StandIn(), []
     graphs.finish = lambda: alive_at_finish.append(graphs.inputs[0]() is not None)
-    cache = GraphCache(classes, limit_bytes=input_bytes((1, 4, 5)), graphs=graphs)
+    cache = GraphCache(classes, limit_bytes=input_bytes((1, 4, 5)), graphs=graphs, capture_at=1)
     gc.disable()  # memory held by a reference cycle would stay
     try:
         cache(random_images((1, 4, 4), 0))
@@ -265,7 +286,7 @@ def test_an_evicted_graph_leaves_nothing_behind_and_goes_once_the_device_is_done
 
 def test_clearing_drops_every_graph_and_the_pool():
     graphs = StandIn(size=lambda output: 10)
-    cache = GraphCache(classes, limit_bytes=PLENTY, graphs=graphs)
+    cache = GraphCache(classes, limit_bytes=PLENTY, graphs=graphs, capture_at=1)
     for size in SIZES:
         cache(random_images(size, 0))
     cache.clear()
@@ -278,8 +299,8 @@ def test_clearing_drops_every_graph_and_the_pool():
 def test_bad_arguments_are_named():
     for limit in (0, -1):
         with pytest.raises(ConfigError, match=f"graph_cache_bytes {limit}: expected a positive number"):
-            GraphCache(classes, limit_bytes=limit, graphs=StandIn())
-    cache = GraphCache(classes, limit_bytes=PLENTY, graphs=StandIn())
+            GraphCache(classes, limit_bytes=limit, graphs=StandIn(), capture_at=1)
+    cache = GraphCache(classes, limit_bytes=PLENTY, graphs=StandIn(), capture_at=1)
     with pytest.raises(ValueError, match="expected images on cpu, got meta"):
         cache(random_images((1, 4, 4), 0).to("meta"))
 

@@ -33,7 +33,7 @@ def small_network():
 
 
 def cuda_cache(run, limit_bytes=PLENTY):
-    return GraphCache(run, limit_bytes=limit_bytes, graphs=CudaGraphs(torch.device("cuda")))
+    return GraphCache(run, limit_bytes=limit_bytes, graphs=CudaGraphs(torch.device("cuda")), capture_at=1)
 
 
 def test_replays_on_a_gpu_give_what_eager_gives():
