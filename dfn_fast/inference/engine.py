@@ -10,7 +10,7 @@ from torch import Tensor
 from dfn_fast.errors import UserError
 from dfn_fast.network.fused import FusedDFN
 from dfn_fast.network.reference import ReferenceDFN
-from dfn_fast.runtime.device import HALVES, inductor_options
+from dfn_fast.runtime.device import HALVES, inductor_options, out_of_memory
 from dfn_fast.runtime.forks import first_call
 
 AMP_DTYPES = {"off": None, **HALVES}
@@ -84,7 +84,7 @@ class Engine:
         try:
             return self._compiled(x) if self.compile else network.scores(x)
         except RuntimeError as error:
-            if len(x) == 1 or not _out_of_memory(error) or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+            if len(x) == 1 or not out_of_memory(error) or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
                 raise
         return torch.cat([self.scores(half) for half in x.chunk(2)])
 
@@ -111,18 +111,13 @@ class Engine:
         return min(max(int(0.7 * free / each), 1), MOST_AT_ONCE)
 
 
-def _out_of_memory(error: RuntimeError) -> bool:
-    """Whether the device, or the host, had too little memory."""
-    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
-
-
 @contextlib.contextmanager
 def memory_advice(size: Sequence[int]) -> Iterator[None]:
     """Turns an out-of-memory error for an image of ``size`` (height, width) into one that says what to do."""
     try:
         yield
     except RuntimeError as error:
-        if not _out_of_memory(error):
+        if not out_of_memory(error):
             raise
         raise UserError(
             f"an image of {size[1]}x{size[0]} does not fit into memory; use --window 512, smaller "

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from dfn_fast.checkpoint.folder import read_folder
 from dfn_fast.checkpoint.weights import Mismatch, build, load_weights, ready, state_dict_of
 from dfn_fast.data.datasets.camvid import CamVidDataset
 from dfn_fast.data.datasets.cityscapes import CityscapesDataset
+from dfn_fast.data.datasets.classes import MAX_NAME
 from dfn_fast.data.datasets.voc import VocDataset, voc_palette
 from dfn_fast.errors import CheckpointError, brief
 from dfn_fast.network.arguments import checked_arguments, infer_arguments
@@ -75,7 +77,7 @@ def _training(content: Mapping[str, Any], path: str | Path) -> tuple[str | None,
     """The data set and the border width that our checkpoint was trained with, if it says."""
     dataset, config = content.get("dataset"), content.get("config") or {}
     border_width = config.get("border_width") if isinstance(config, Mapping) else config
-    if not isinstance(dataset, str | None) or not isinstance(border_width, int | None):
+    if not isinstance(dataset, str | None) or type(border_width) not in (int, NoneType):  # True is an int
         raise CheckpointError(
             f"{path}: expected a data set's name and a border width, got {brief(dataset)} and {brief(border_width)}; "
             "copy or save the checkpoint again"
@@ -89,6 +91,11 @@ def _class_table(content: Mapping[str, Any], num_classes: int, path: str | Path)
         if not (_is_list(classes, str) and _is_list(palette, list | tuple) and all(map(_is_colour, palette))):
             raise CheckpointError(
                 f"{path}: expected names and colours [r, g, b] of 0..255, got {brief(classes)} and {brief(palette)}; "
+                "copy or save the checkpoint again"
+            )
+        if long := [name for name in classes if len(name) > MAX_NAME]:
+            raise CheckpointError(
+                f"{path}: expected names of classes of at most {MAX_NAME} characters, got {brief(long[0])}; "
                 "copy or save the checkpoint again"
             )
         if not len(classes) == len(palette) == num_classes:

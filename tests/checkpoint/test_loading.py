@@ -308,6 +308,7 @@ def test_tensors_that_are_not_numbers_in_the_file_are_refused(tmp_path, tensor):
     [
         {"classes": 4},
         {"classes": [1, 2, 3, 4]},
+        {"classes": ["a", "b", "c", "d" * 201]},
         {"palette": "red"},
         {"palette": [[0, 0, 256]] * 4},
         {"palette": [[0, 0]] * 4},
@@ -315,6 +316,7 @@ def test_tensors_that_are_not_numbers_in_the_file_are_refused(tmp_path, tensor):
         {"dataset": ["voc"]},
         {"config": [1]},
         {"config": {"border_width": "wide"}},
+        {"config": {"border_width": True}},
         {"format": torch.zeros(3)},
         {"model_config": None},
         {"model_config": 3},
