@@ -61,7 +61,7 @@ class TestFolder:
         [
             ("a.npy", r"; a\.npy is there, but it is no image; save it as PNG"),
             ("a.HEIC", r"; a\.HEIC is there, but HEIC is not read; save it as PNG"),
-            ("a_mask.png", r"; is it a_mask\.png\? Then give both the same name"),
+            ("a_Mask.png", r"; is it a_Mask\.png\? Then give both the same name"),
             ("b.npy", ""),
             ("b.png", ""),
             ("A.PNG", r"; is it A\.PNG\? Then give both the same name"),

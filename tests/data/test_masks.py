@@ -216,3 +216,51 @@ class TestNumbers:
     def test_of_other_data_sets_are_fixed(self, options):
         with pytest.raises(ConfigError, match="data set 'synthetic' has its own label values"):
             build_dataset("synthetic", None, "train", **options)
+
+
+class TestEndings:
+    ENDINGS = ("_mask", "_masks", "_label", "_labels", "_gt", "_seg", "_segmentation", "_labelIds", ".jpg")
+
+    @pytest.mark.parametrize("ending", ENDINGS)
+    def test_of_all_masks_are_dropped_and_told(self, tmp_path, write_pair, ending):
+        for i, stem in enumerate(("a", "b_mask", "night/c")):
+            write_pair(f"train/images/{stem}.jpg", f"train/masks/{stem}{ending}.png", fill=i)
+        dataset = FolderDataset(tmp_path, "train", num_classes=3)
+        assert [(s.name, s.label[0, 0]) for s in dataset] == [("a", 0), ("b_mask", 1), ("night/c", 2)]
+        (note,) = dataset.notes
+        assert note.startswith("masks end in " + (ending if ending != ".jpg" else "the suffix of their image"))
+        assert note.endswith(f", as a{ending}.png")
+
+    def test_leave_the_split_as_it_is(self, tmp_path, write, write_pair):
+        for name in "abcd":
+            write_pair(f"images/{name}.png", f"masks/{name}_gt.png")
+        assert FolderDataset(tmp_path, "val", num_classes=2).names() == ["a", "c"]
+        write("train.txt", "images/b.png\tmasks/b_gt.png\na.png\n")
+        write("val.txt", "d.png\tmasks/d_gt.png\nc\tmasks/c_gt\n")
+        assert FolderDataset(tmp_path, "val", num_classes=2).names() == ["c", "d"]
+        write("val.txt", "d.png\tmasks/c_gt.png\n")
+        with pytest.raises(DataError, match=r"val\.txt:1: .* pairs files of other stems"):
+            FolderDataset(tmp_path, "val", num_classes=2)
+
+    def test_give_way_to_exact_stems(self, tmp_path, write_pair):
+        write_pair("train/images/a.png", "train/masks/a.png", fill=1)
+        assert FolderDataset(tmp_path, "train", num_classes=2)[0].label[0, 0] == 1
+        write_pair("train/images/a.png", "train/masks/a_mask.png")
+        with pytest.raises(DataError, match=r"a_mask\.png: no image with this stem"):
+            FolderDataset(tmp_path, "train", num_classes=2)
+
+    @pytest.mark.parametrize("second", ["a", "b"])
+    def test_of_two_kinds_are_refused(self, tmp_path, write_pair, second):
+        write_pair("train/images/a.png", "train/masks/a_mask.png")
+        write_pair(f"train/images/{second}.png", f"train/masks/{second}_label.png")
+        message = rf"masks end in _mask, as a_mask\.png, and in _label, as {second}_label\.png"
+        with pytest.raises(DataError, match=message):
+            FolderDataset(tmp_path, "train", num_classes=2)
+
+    def test_do_not_hide_a_mask_without_an_image(self, tmp_path, write, write_pair):
+        write_pair("train/images/a.png", "train/masks/a_mask.png")
+        for name in ("b_mask", "b"):
+            write(f"train/masks/{name}.png", np.zeros((4, 6), np.uint8))
+        with pytest.raises(DataError) as caught:
+            FolderDataset(tmp_path, "train", num_classes=2)
+        assert [p.count("b_mask.png: no image") + p.count("b.png: no image") for p in caught.value.problems] == [1, 1]

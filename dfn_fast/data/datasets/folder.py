@@ -1,6 +1,7 @@
 """Your own images: a folder of images and a folder of masks.
 
-``folder`` pairs images and masks by their path below ``images`` and ``masks``, without the suffix::
+``folder`` pairs images and masks by their path below ``images`` and ``masks``, without the suffix and, in all
+masks alike, an ending such as ``_mask``::
 
     ROOT/
       images/a.jpg  images/night/b.png ...

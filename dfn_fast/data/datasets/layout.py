@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from dfn_fast.data.base import require_folder
+from dfn_fast.data.datasets.endings import without_ending
 from dfn_fast.data.datasets.pairing import PairingError, entries, spellings
 from dfn_fast.errors import ConfigError, DataError, listed, nearest, shortened
 from dfn_fast.media.listing import Found, composed, find_images
@@ -87,8 +88,9 @@ def _from_split_folder(root: Path, folders: list[Path], split: str) -> Part:
     if not found:
         raise _no_split(root, split, [folder.name for folder in folders])
     home = found[0]
-    images, masks = _files(home)
-    notes = [f"Split {split} is folder {home.name}: {len(images.files)} images"] if home.name != split else []
+    images, masks, notes = _files(home)
+    if home.name != split:
+        notes.append(f"Split {split} is folder {home.name}: {len(images.files)} images")
     homes = [folder for folder in folders if folder == home or split_name(folder.name) in _SPLITS]
     samples = []
     for folder in homes:
@@ -99,7 +101,7 @@ def _from_split_folder(root: Path, folders: list[Path], split: str) -> Part:
 
 def _from_one_folder(root: Path, lists: dict[str, Path], split: str) -> Part:
     """The images of ``images`` that lists, or folders below it, or else a hash give to ``split``."""
-    images, masks = _files(root)
+    images, masks, notes = _files(root)
     stems, folder = set(images.files), root / "images"
     if lists:
         chosen = {name: _listed_stems(file, images, masks) for name, file in lists.items()}
@@ -130,7 +132,7 @@ def _from_one_folder(root: Path, lists: dict[str, Path], split: str) -> Part:
         root,
         [root],
         [*map(_first, filter(None, samples))],
-        [f"{how}: {counts}"],
+        [*notes, f"{how}: {counts}"],
     )
 
 
@@ -142,11 +144,13 @@ def _only(found: Found, stems: set[str]) -> Found:
     return found._replace(files={stem: path for stem, path in found.files.items() if stem in stems})
 
 
-def _files(home: Path) -> tuple[Found, Found]:
+def _files(home: Path) -> tuple[Found, Found, list[str]]:
+    """The images, the masks by the same stems, and notes on what both are called."""
     inside = listed(sorted(entry.name for entry in home.glob("*") if entry.is_dir())) or "no folder"
     remedy = f"Expected images/ and masks/ in the root, or in train/ and val/ below it; found {inside}."
     images = find_images(require_folder(home / "images", "the folder of the images", remedy), nested=True)
-    return images, find_images(require_folder(home / "masks", "the folder of the masks", remedy), nested=True)
+    folder = require_folder(home / "masks", "the folder of the masks", remedy)
+    return images, *without_ending(images, find_images(folder, nested=True), folder)
 
 
 def _no_split(where: Path, split: str, splits: Iterable[str]) -> ConfigError:
@@ -208,12 +212,17 @@ def _lists(root: Path) -> dict[str, Path]:
 def _listed_stems(file: Path, images: Found, masks: Found) -> set[str]:
     """The stems of a list's images: on each line an image's path, with or without its suffix, or a pair's paths."""
     stems, problems = set(), []
-    for number, line in entries(file, lambda line: bool(_listed_stem(line.split("\t")[0].strip(), "images", images))):
+    folder = file.parent / "masks"
+    masks_by_name = {_name(path, folder): stem for stem, path in masks.files.items()}
+    images_by_name = {stem: stem for stem in images.files}
+    for number, line in entries(
+        file, lambda line: bool(_listed_stem(line.split("\t")[0].strip(), "images", images_by_name))
+    ):
         fields = [field.strip() for field in line.split("\t")]
-        stem = _listed_stem(fields[0], "images", images)
+        stem = _listed_stem(fields[0], "images", images_by_name)
         if stem is None:
             problems.append(f"{file}:{number}: {shortened(fields[0])} is no image in {file.parent / 'images'}")
-        elif len(fields) > 1 and _listed_stem(fields[1], "masks", masks) != stem:
+        elif len(fields) > 1 and _listed_stem(fields[1], "masks", masks_by_name) != stem:
             problems.append(
                 f"{file}:{number}: {shortened(line)!r} pairs files of other stems; read it with --data list"
             )
@@ -224,13 +233,17 @@ def _listed_stems(file: Path, images: Found, masks: Found) -> set[str]:
     return stems
 
 
-def _listed_stem(field: str, folder: str, found: Found) -> str | None:
-    """The stem of ``found`` that a list's path means, which may begin before or in ``folder``."""
+def _name(path: Path, folder: Path) -> str:
+    return composed(os.path.splitext(path.relative_to(folder).as_posix())[0])
+
+
+def _listed_stem(field: str, folder: str, stems: Mapping[str, str]) -> str | None:
+    """The stem, by its file's name, that a list's path means, which may begin before or in ``folder``."""
     for text in spellings(field):
         path = PurePosixPath(composed(text))
         if folder in path.parts:
             path = PurePosixPath(*path.parts[path.parts.index(folder) + 1 :])
-        for stem in (str(path), os.path.splitext(path)[0]):
-            if stem in found.files:
-                return stem
+        for name in (str(path), os.path.splitext(path)[0]):
+            if name in stems:
+                return stems[name]
     return None
