@@ -33,6 +33,7 @@ VALUES = (
 def inference(batch: int, side: int, classes: int) -> Callable[[], Any]:
     model = FastDFN(classes, backbone=BACKBONE, channels=CHANNELS, border=False).eval()
     predictor = Predictor(model, device=DEVICE, amp="off" if CPU else "bf16", batch=batch)
+    predictor.warm_up([(side, side)], batch)
     images = list(np.zeros((batch, side, side, 3), np.uint8))
     return lambda: predictor(images)
 

@@ -64,6 +64,7 @@ if CUDA:
         import numpy as np
         predictor = Predictor(FastDFN(21, backbone="resnet18", channels=64), device=DEVICE)
         START()
+        predictor.warm_up([(64, 64)])
         predictor(np.zeros((64, 64, 3), np.uint8))
     """
 

@@ -122,6 +122,7 @@ class InferenceTrial:
         settings: dict[str, Any] = {"scales": shape.scales, "flip": len(shape.mirrored) > 1}
         settings |= {"window": shape.window, "overlap": OVERLAP} if shape.window else {}
         predictor = Predictor(network(shape.backbone), amp=amp, batch=None if shape.window else shape.batch, **settings)
+        predictor.warm_up([(shape.height, shape.width)], shape.batch)
         return lambda: np.stack(predictor(self.images))
 
     def _theirs(self, implementation: str) -> Callable[[], np.ndarray]:
