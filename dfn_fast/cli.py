@@ -41,7 +41,7 @@ class Parser(argparse.ArgumentParser):
         super()._print_message(as_called(message), file)
 
     def _get_value(self, action, arg_string):
-        if not arg_string.strip():
+        if not arg_string.strip() and arg_string != action.default:
             raise argparse.ArgumentError(
                 action, "expected a value, got an empty text; is a variable of the shell unset?"
             )
