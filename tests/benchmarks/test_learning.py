@@ -17,8 +17,9 @@ def finished(folder: RunFolder) -> None:
     """As a run of three epochs leaves it."""
     folder.start(TrainConfig(recipe="camvid", data="camvid", root="CamVid", backbone="resnet18", batch_size=2))
     for epoch in (1, 2, 3):
-        folder.log({"kind": "train", "epoch": epoch, "loss": 1.0})
-        folder.log({"kind": "val", "epoch": epoch, "seconds": 10.0 * epoch, "mean_iou": 0.1 * epoch})
+        folder.log({"kind": "train", "epoch": epoch, "iteration": epoch, "loss": 1.0})
+        measured = {"seconds": 10.0 * epoch, "mean_iou": 0.1 * epoch}
+        folder.log({"kind": "val", "epoch": epoch, "iteration": epoch, **measured})
     summary = {"best_mean_iou": 0.31, "seconds": 30.0, "images_per_second": 4.0, "peak_memory_bytes": None}
     folder.write_summary(summary | {"execution": {"amp": "bf16", "compile": True}})
 
