@@ -54,7 +54,7 @@ class TrainConfig:
     num_classes: int | None = option(
         None, "data", "number of classes, for folder and list data without class names", minimum=2, maximum=IGNORE
     )
-    classes: str | None = option(None, "data", "file of class names, one per line, for folder and list data")
+    classes: str | None = option(None, "data", "file of class names, one per line, for folder, list and coco data")
     ignore_value: int | None = option(
         None, "data", "value in the masks of folder and list data to ignore, besides 255", minimum=0, maximum=IGNORE
     )

@@ -52,7 +52,7 @@ def _check_command(arguments: list[str]) -> int:
     parser.add_argument("--split", nargs="+", metavar="SPLIT", help="splits to read (default: train and val)")
     parser.add_argument("--num-classes", type=int, metavar="N", help="number of classes, if there is no classes.txt")
     parser.add_argument(
-        "--classes", metavar="FILE", help="classes of a folder or list, one per line: name, or name R G B"
+        "--classes", metavar="FILE", help="classes of a folder, a list or coco, one per line: name, or name R G B"
     )
     parser.add_argument(
         "--ignore-value", type=int, metavar="N", help="value in the masks of a folder or list to ignore, besides 255"

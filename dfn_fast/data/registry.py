@@ -37,6 +37,7 @@ class Entry:
     splits: tuple[str, ...] = ()  # all splits; none if they depend on the root
     needs_root: bool = True
     free_classes: bool = False  # takes num_classes=, classes=, ignore_value= and label_offset=
+    categories: bool = False  # takes classes=
     lists: bool = False  # a file in root names other files; takes allow_outside_root=
     counts: Mapping[str, int] = field(default_factory=dict)  # images of the published splits
 
@@ -72,9 +73,10 @@ DATASETS: dict[str, Entry] = {
         counts=camvid.COUNTS,
     ),
     "coco": Entry(
-        "COCO's instances as the 21 VOC classes, for pre-training",
+        "COCO's instances as the 21 VOC classes, for pre-training, or as your own categories",
         coco.CocoDataset,
         _tree(coco),
+        categories=True,
         lists=True,
         train="train2017",
         val="val2017",
@@ -145,7 +147,8 @@ def build_dataset(
 ) -> SegmentationDataset:
     """A split of the data set ``name``, or several joined by ``+`` as in ``"train+train_extra"``.
 
-    ``num_classes`` and ``classes`` (a file) give the classes of ``folder`` and ``list``; in their masks,
+    ``num_classes`` and ``classes`` (a file) give the classes of ``folder`` and ``list``, and ``classes`` those of
+    ``coco``, if they are not VOC's. In the masks of a folder or list,
     ``ignore_value`` means what 255 does, and ``label_offset`` is added to other values. ``seed`` is for ``synthetic``.
     ``allow_outside_root`` lets a list of image files name files that are not below ``root``.
     Raises :class:`ConfigError` for an unknown name or split or a missing root, and :class:`DataError` for a root that
@@ -157,9 +160,11 @@ def build_dataset(
     if entry.free_classes:
         options = {"num_classes": num_classes, "classes": classes}
         options |= {"ignore_value": ignore_value, "label_offset": label_offset}
+    elif entry.categories:
+        options = {"classes": classes}
     elif classes is not None:
         raise ConfigError(f"--classes {classes}: data set {name!r} has its own classes; leave the option out")
-    elif ignore_value is not None or label_offset:
+    if not entry.free_classes and (ignore_value is not None or label_offset):
         raise ConfigError(
             f"--ignore-value and --label-offset: data set {name!r} has its own label values; leave the options out"
         )

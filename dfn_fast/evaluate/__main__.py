@@ -46,7 +46,9 @@ def parser() -> cli.Parser:
     data.add_argument(
         "--num-classes", type=int, metavar="N", help="classes of folder or list data (default: the checkpoint's)"
     )
-    data.add_argument("--classes", metavar="FILE", help="file of class names of folder or list data, one per line")
+    data.add_argument(
+        "--classes", metavar="FILE", help="file of class names of folder, list or coco data, one per line"
+    )
     data.add_argument(
         "--ignore-value", type=int, metavar="N", help="value in folder or list data's masks to ignore, besides 255"
     )

@@ -9,6 +9,7 @@ import pytest
 from dfn_fast.data.datasets import coco as coco_module
 from dfn_fast.data.datasets.coco import CocoDataset
 from dfn_fast.data.datasets.voc import VOC_CLASSES
+from dfn_fast.data.registry import build_dataset
 from dfn_fast.errors import ConfigError, DataError
 
 # pycocotools 2.0.11 with NumPy 2
@@ -22,6 +23,9 @@ CATEGORIES = {
 VOC_NAMES = {
     1: "person", 4: "motorbike", 5: "aeroplane", 63: "sofa", 64: "pottedplant", 67: "diningtable", 72: "tvmonitor",
 }  # fmt: skip
+
+
+OWN = {7: "helmet", 3: "vest"}
 
 
 def box(x, y, w, h):
@@ -166,7 +170,8 @@ def test_own_categories_are_refused_or_noted(coco):
     names = ("pothole", "background")
     root = edited(coco([instance(1, i, box(0, 0, 40, 40), 1600) for i in (1, 52)]), rename)
     with pytest.raises(
-        DataError, match=r"none of its categories is a class of VOC.*: pothole, background\. .*--data folder"
+        DataError,
+        match=r"none of its categories is a class of VOC.*: pothole, background\. .*--classes FILE.*--data folder",
     ):
         CocoDataset(root, "val2017")
     names = ("person", "helmet")
@@ -263,3 +268,82 @@ def test_missing_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pycocotools", None)
     with pytest.raises(ConfigError, match="pip install pycocotools"):
         CocoDataset(tmp_path, "val2017")
+
+
+class TestOwnCategories:
+    @pytest.fixture
+    def own(self, coco):
+        """``own(names, split)`` writes an annotation file with categories of these ids and names."""
+
+        def own(names, split="val2017"):
+            root = coco([instance(1, 7, box(0, 0, 10, 10), 100), instance(1, 3, box(5, 5, 2, 2), 4)])
+            edited(root, lambda c: c.update(categories=[{"id": i, "name": name} for i, name in names.items()]))
+            if split != "val2017":
+                (root / "annotations/instances_val2017.json").rename(root / f"annotations/instances_{split}.json")
+            return root
+
+        return own
+
+    def test_are_classes_in_the_order_of_their_ids(self, own):
+        dataset = build_dataset("coco", own(OWN), "val2017")
+        expected = np.zeros((50, 60), np.uint8)
+        expected[:10, :10] = 2
+        expected[5:7, 5:7] = 1
+        np.testing.assert_array_equal(dataset[0].label, expected)
+        assert dataset.classes == ("background", "vest", "helmet")
+        assert dataset.palette.shape == (3, 3)
+        assert len(dataset) == 2  # also an image without an instance, and one of few pixels
+        assert dataset.notes == [
+            "the classes are background and the categories of instances_val2017.json, as none of them is VOC's"
+        ]
+
+    def test_one_may_be_the_background(self, own):
+        dataset = CocoDataset(own({7: "background", 3: "vest"}), "val2017")
+        assert (dataset.classes, dataset[0].label.max()) == (("background", "vest"), 1)
+
+    @pytest.mark.parametrize(
+        ("names", "message"),
+        [
+            ({7: "vest", 3: "vest"}, "class 'vest' occurs twice"),
+            ({7: "a\nb", 3: "vest"}, "expected a class name"),
+            ({7: "background"} | {i: f"c{i}" for i in range(8, 263)} | {3: "vest"}, "254 categories .* got 256"),
+        ],
+    )
+    def test_that_are_no_classes_are_named(self, own, names, message):
+        with pytest.raises(DataError, match=message):
+            CocoDataset(own(names), "val2017")
+
+    def test_differ_by_no_split(self, own):
+        own({7: "helmet", 3: "visor"}, "train2017")
+        with pytest.raises(DataError, match=r"val2017\.json and .*train2017\.json have other categories: vest, helmet"):
+            CocoDataset(own(OWN), "val2017")
+
+    def test_can_be_chosen(self, own, write):
+        table = write("classes.txt", "background\nhelmet 1 2 3\nglove\n")
+        dataset = build_dataset("coco", own(OWN), "val2017", classes=table)
+        assert (dataset.classes, dataset.palette[1].tolist()) == (("background", "helmet", "glove"), [1, 2, 3])
+        expected = np.zeros((50, 60), np.uint8)
+        expected[:10, :10] = 1
+        np.testing.assert_array_equal(dataset[0].label, expected)
+        assert dataset.notes == [
+            f"the classes are those of {table}, by the names of the categories",
+            "classes that are no category of instances_val2017.json: glove",
+            f"1 instances of 1 categories that are not in {table} are background: vest",
+        ]
+        named = build_dataset("coco", own({7: "person", 3: "vest"}), "val2017", classes=write("c", "other\nperson\n"))
+        assert (named.classes, named[0].label.max(), len(named)) == (
+            ("other", "person"),
+            1,
+            2,
+        )  # VOC's are no exception
+
+    @pytest.mark.parametrize(
+        ("table", "error", "message"),
+        [
+            ("helmet\nvest\n", ConfigError, "its first class, 'helmet', is a category of .*; write background above"),
+            ("background\nglove\n", DataError, "none of its categories, vest, helmet, is a class of .*: glove"),
+        ],
+    )
+    def test_that_are_chosen_must_be_there(self, own, write, table, error, message):
+        with pytest.raises(error, match=message):
+            CocoDataset(own(OWN), "val2017", classes=write("classes.txt", table))

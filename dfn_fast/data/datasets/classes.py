@@ -19,7 +19,7 @@ import contextlib
 import csv
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -112,19 +112,23 @@ def read_table(path: Path) -> ClassTable:
     names: list[str] = []
     colours: dict[int, Colour] = {}
     for row in rows:
-        where = f"{path}:{row.number}"
-        if not 0 < len(row.name) <= MAX_NAME or not row.name.isprintable() or not re.search(r"\w", row.name):
-            got = "an empty line" if not row.name else f"{len(row.name)} characters: {brief(row.name)}"
-            raise DataError(f"{where}: expected a class name, or name R G B, got {got}")
-        if row.name in names or row.name == "__ignore__":
-            place = "occurs twice" if row.name in names else "stands only in the first line"
-            raise DataError(f"{where}: class {row.name!r} {place}")
+        require_name(row.name, names, f"{path}:{row.number}")
         names.append(row.name)
     for i, row in [*enumerate(rows), *((IGNORE, row) for row in void)]:
         if row.colour:
             colours[i] = _colour(row, f"{path}:{row.number}")
     _require_distinct(colours, names, path)
     return ClassTable(tuple(names), _palette(len(names), colours), colours, str(path))
+
+
+def require_name(name: str, others: Collection[str], where: str) -> None:
+    """Raises :class:`DataError` for a name that no class has, or that one of ``others`` has."""
+    if not 0 < len(name) <= MAX_NAME or not name.isprintable() or not re.search(r"\w", name):
+        got = "an empty line" if not name else f"{len(name)} characters: {brief(name)}"
+        raise DataError(f"{where}: expected a class name, or name R G B, got {got}")
+    if name in others or name == "__ignore__":
+        place = "occurs twice" if name in others else "stands only in the first line"
+        raise DataError(f"{where}: class {name!r} {place}")
 
 
 def _colour(row: _Row, where: str) -> Colour:

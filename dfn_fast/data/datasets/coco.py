@@ -1,4 +1,4 @@
-"""COCO's instances as VOC classes: the images that VOC models are pre-trained on.
+"""COCO's instances as VOC classes, the images that VOC models are pre-trained on; or your own categories.
 
 Nothing is written to disk, and ``pycocotools`` draws the masks: ``pip install pycocotools``::
 
@@ -9,21 +9,27 @@ Nothing is written to disk, and ``pycocotools`` draws the masks: ``pip install p
 
 An annotation file ``instances_X.json`` makes split ``X``. Instances of the 20 VOC classes are drawn from the largest to
 the smallest. Crowds of them are 255 where no single instance lies. Every other category is background, which a note
-says; a file without a class of VOC is refused. As for DeepLab, an image is used only if it has a VOC class and more
-than 1,000 labelled pixels, which is the sum of the instances' ``area`` without crowds.
+says. As for DeepLab, an image is used only if it has a VOC class and more than 1,000 labelled pixels, which is the sum
+of the instances' ``area`` without crowds.
+
+If none of a file's categories is VOC's, all of them are classes in the order of their ids, after class 0, background.
+``--classes FILE`` chooses among categories by name, as classes.txt of a folder does; its first class is the background.
+In both cases all images are used.
 """
 
+import contextlib
 import json
 import math
 from collections import Counter, defaultdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from dfn_fast.data.base import IGNORE, Pair, SegmentationDataset
+from dfn_fast.data.datasets.classes import ClassTable, read_table, require_name
 from dfn_fast.data.datasets.pairing import below, checked_pairs
-from dfn_fast.data.datasets.voc import VOC_CLASSES, VocDataset
+from dfn_fast.data.datasets.voc import VOC_CLASSES, VocDataset, voc_palette
 from dfn_fast.errors import ConfigError, DataError, brief, listed, nearest, shortened
 from dfn_fast.files import require_regular
 from dfn_fast.media.images import open_image
@@ -32,6 +38,8 @@ MIN_PIXELS = 1000
 MAX_SIDE = 1 << 14  # of an image, in pixels
 MAX_BYTES = 1 << 32  # of an annotation file
 MAX_OUTLINE = 1 << 21  # of an instance, in pixels: pycocotools takes about 100 bytes for each
+_BACKGROUND = "background"
+_BROKEN = (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, OSError, RecursionError)  # by the content
 _COCO_NAMES = {  # where the name differs from VOC's
     "airplane": "aeroplane",
     "couch": "sofa",
@@ -43,13 +51,15 @@ _COCO_NAMES = {  # where the name differs from VOC's
 
 
 class CocoDataset(SegmentationDataset):
-    """A split of COCO with VOC's classes, by the rules of this file's docstring; ``Pair.label`` is the JSON file."""
+    """A split of COCO by the rules of this file's docstring; ``Pair.label`` is the JSON file."""
 
     name = "coco"
-    classes = VOC_CLASSES
+    classes: tuple[str, ...] = VOC_CLASSES
     palette = VocDataset.palette
 
-    def __init__(self, root: str | Path, split: str, *, allow_outside_root: bool = False):
+    def __init__(
+        self, root: str | Path, split: str, *, classes: str | Path | None = None, allow_outside_root: bool = False
+    ):
         _mask_module()
         root = Path(root)
         limit = None if allow_outside_root else root
@@ -57,7 +67,9 @@ class CocoDataset(SegmentationDataset):
         folder = next((f for f in (root / split, root / "images" / split) if f.is_dir()), None)
         if folder is None:
             raise DataError(f"{root / split}: the folder of the images is missing, and so is {root / 'images' / split}")
-        images, notes = _read_instances(annotations)
+        table = None if classes is None else read_table(Path(classes))
+        images, mapping, notes = _read_instances(annotations, table)
+        self.classes, self.palette = mapping.table.names, mapping.table.palette
         self._images = [json.dumps(image).encode() for image in images]  # text takes a fifth of the lists' memory
         try:
             files = [below(limit, folder / image["file"]) for image in images]
@@ -124,12 +136,78 @@ def _outline(polygon: list[float]) -> float:
     return float(np.abs(corners - np.roll(corners, 1, axis=0)).max(axis=1).sum())
 
 
-def _read_instances(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """The images of an annotation file, in the form that :func:`_draw_label` takes, and notes on what is left out."""
+class _Mapping(NamedTuple):
+    """Which categories are which classes."""
+
+    table: ClassTable
+    ids: dict[str, int]  # by a category's name
+    min_pixels: int  # that an image must have more of, to be used; -1: all images are used
+    notes: list[str]
+
+
+def _mapping(names: list[str], path: Path, table: ClassTable | None) -> _Mapping:
+    """The classes in ``table`` if it is given, else VOC's if any category is one of them, else the categories."""
+    voc = {name: VOC_CLASSES.index(_COCO_NAMES.get(name, name)) for name in names if _is_voc(name)}
+    if table is None and voc:
+        return _Mapping(ClassTable(VOC_CLASSES, VocDataset.palette, {}, "PASCAL VOC"), voc, MIN_PIXELS, [])
+    if table is None:
+        classes = [_BACKGROUND]
+        for name in names:
+            if name != _BACKGROUND:
+                require_name(name, classes, f"{path}: categories")
+                classes.append(name)
+        if not 2 <= len(classes) <= IGNORE:
+            raise DataError(f"{path}: expected 1..{IGNORE - 1} categories besides background, got {len(classes) - 1}")
+        ids = {name: i for i, name in enumerate(classes)}
+        note = f"the classes are {_BACKGROUND} and the categories of {path.name}, as none of them is VOC's"
+        return _Mapping(ClassTable(tuple(classes), voc_palette(len(classes)), {}, str(path)), ids, -1, [note])
+    ids = {name: i for i, name in enumerate(table.names)}
+    first, absent = table.names[0], [name for name in table.names[1:] if name not in names]
+    if first in names and first.strip("_").casefold() != _BACKGROUND:
+        raise ConfigError(
+            f"{table.source}: its first class, {first!r}, is a category of {path}; write {_BACKGROUND} above it, for "
+            "the pixels outside of all instances"
+        )
+    if len(absent) == len(table.names) - 1:
+        raise DataError(
+            f"{path}: none of its categories, {listed(names, 20)}, is a class of {table.source}: {listed(absent, 20)}"
+        )
+    notes = [f"the classes are those of {table.source}, by the names of the categories"]
+    if absent:
+        notes.append(f"classes that are no category of {path.name}: {listed(absent, 80)}")
+    return _Mapping(table, ids, -1, notes)
+
+
+def _is_voc(name: str) -> bool:
+    return _COCO_NAMES.get(name, name) in VOC_CLASSES[1:]
+
+
+def _names(content: dict[str, Any]) -> dict[Any, str]:
+    """The names of the categories by their ids, in the order of these."""
+    return {i: str(category["name"]) for i, category in sorted(_by_id(content["categories"], "category").items())}
+
+
+def _require_same_categories(path: Path, names: list[str]) -> None:
+    """Raises :class:`DataError` if another split's annotation file has other categories, and so other class ids."""
+    for other in sorted(path.parent.glob("instances_*.json")):
+        require_regular(other, DataError, "annotation file", MAX_BYTES)
+        theirs = names
+        with contextlib.suppress(*_BROKEN):  # whoever reads that split says so
+            theirs = list(_names(json.loads(other.read_bytes())).values())
+        if theirs != names:
+            raise DataError(
+                f"{path} and {other} have other categories: {listed(names, 20)}, and {listed(theirs, 20)}; a class id "
+                "would mean two classes. Give the classes with --classes FILE"
+            )
+
+
+def _read_instances(path: Path, table: ClassTable | None) -> tuple[list[dict[str, Any]], _Mapping, list[str]]:
+    """The images of an annotation file, in the form that :func:`_draw_label` takes, its classes, and notes."""
     require_regular(path, DataError, "annotation file", MAX_BYTES)
     try:
         content = json.loads(path.read_bytes())
-        names = _by_id(content["categories"], "category")
+        names = _names(content)
+        mapping = _mapping(list(names.values()), path, table)
         images = _by_id(content["images"], "image")
         instances = defaultdict(list)
         others: Counter[str] = Counter()
@@ -137,32 +215,34 @@ def _read_instances(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
         for a in content["annotations"]:
             if a["category_id"] not in names:
                 raise ValueError(f"an annotation of category {a['category_id']}, which is not in categories")
-            name = str(names[a["category_id"]]["name"])
+            name = names[a["category_id"]]
             strays += a["image_id"] not in images
-            if _COCO_NAMES.get(name, name) in VOC_CLASSES[1:]:
-                class_id = VOC_CLASSES.index(_COCO_NAMES.get(name, name))
-                instances[a["image_id"]].append((class_id, _crowd(a), _area(a), a["segmentation"]))
+            if name in mapping.ids:
+                instances[a["image_id"]].append((mapping.ids[name], _crowd(a), _area(a), a["segmentation"]))
             else:
                 others[name] += 1
         used = [
             {"file": _file_name(image), "size": _size(image), "instances": instances.get(i, [])}
             for i, image in images.items()
-            if sum(area for _, crowd, area, _ in instances.get(i, []) if not crowd) > MIN_PIXELS
+            if sum(area for _, crowd, area, _ in instances.get(i, []) if not crowd) > mapping.min_pixels
         ]
-    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, OSError, RecursionError) as error:
+    except _BROKEN as error:
         raise DataError(
             f"{path}: expected COCO's instances with images, annotations and categories "
             f"({type(error).__name__}: {shortened(str(error))}); unpack the annotations again"
         ) from error
-    if others and not instances:
+    if table is None and others and not instances:
         raise DataError(
             f"{path}: none of its categories is a class of VOC, which data set 'coco' reads: {listed(others, 20)}. "
-            "Draw them as masks, and read these with --data folder"
+            "Give your classes with --classes FILE, or draw masks, and read these with --data folder"
         )
-    notes = []
+    if table is None and mapping.min_pixels < 0:
+        _require_same_categories(path, list(names.values()))
+    notes = list(mapping.notes)
     if others:
+        whose = "VOC's" if table is None else f"in {table.source}"
         notes.append(
-            f"{sum(others.values())} instances of {len(others)} categories that are not VOC's are background: "
+            f"{sum(others.values())} instances of {len(others)} categories that are not {whose} are background: "
             f"{listed(sorted(others), 80)}"
         )
     if len(used) < len(images):
@@ -172,7 +252,7 @@ def _read_instances(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
         )
     if strays:
         notes.append(f"{strays} annotations are of images that are not in {path.name}, and are left out")
-    return used, notes
+    return used, mapping, notes
 
 
 def _by_id(items: list[dict[str, Any]], what: str) -> dict[Any, dict[str, Any]]:
