@@ -1,4 +1,4 @@
-"""``python -m dfn_fast.data``: checks a data set, shows the layouts on disk, converts SBD's labels."""
+"""``python -m dfn_fast.data``: checks a data set, shows the layouts on disk, converts labels."""
 
 import argparse
 import os
@@ -12,6 +12,7 @@ import numpy as np
 from dfn_fast import cli
 from dfn_fast.data.base import FILE_SECONDS, IGNORE
 from dfn_fast.data.check import Report, check
+from dfn_fast.data.convert.write import FORMS, convert
 from dfn_fast.data.datasets.sbd import convert_sbd
 from dfn_fast.data.registry import DATASETS
 from dfn_fast.errors import ConfigError, printable
@@ -27,13 +28,14 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the command named first with the arguments after it; returns the exit code."""
     parser = cli.Parser(
         prog=PROG,
-        description="Data sets: see their layouts on disk, check yours, convert SBD.",
+        description="Data sets: see their layouts on disk, check yours, convert labels of other programs.",
         epilog=f"`{PROG} COMMAND --help` shows a command's options.\n\n" + layouts(),
     )
     parser.add_argument(
         "command",
         choices=list(COMMANDS),
         help="check: read every file of a data set; list: show the data sets and their folders; "
+        "convert: make a folder of masks from LabelMe, COCO, YOLO, CVAT or colours; "
         "convert-sbd: make VOC's train_aug from SBD",
     )
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the command's own arguments")
@@ -112,6 +114,35 @@ def _list_command(arguments: list[str]) -> int:
     return 0
 
 
+def _convert_command(arguments: list[str]) -> int:
+    parser = cli.Parser(
+        prog=f"{PROG} convert",
+        description="Makes a data set of form `folder` from labels of another program: images, masks of class ids and\n"
+        "classes.txt, with the splits that it has. Nothing is written unless everything can be read.",
+        epilog="FORM      SOURCE\n"
+        "labelme   a folder of images and LabelMe's .json files\n"
+        "coco      annotations/instances_X.json and X/, or *.coco.json beside its images\n"
+        "yolo      images/ and labels/ with outlines in .txt files, data.yaml or classes.txt\n"
+        "cvat      annotations.xml of 'CVAT for images 1.1', and images/\n"
+        "colour    images/, masks/ of colours, and their table, as data set `folder` reads them",
+    )
+    parser.add_argument("form", metavar="FORM", choices=list(FORMS), help=f"one of {', '.join(FORMS)}")
+    parser.add_argument("source", metavar="SOURCE", help="the folder of the labels")
+    parser.add_argument("target", metavar="TARGET", help="the folder to write, which must not exist or be empty")
+    parser.add_argument("--classes", metavar="FILE", help="the classes that shapes may have (default: all in SOURCE)")
+    chosen = parser.parse_args(arguments)
+    done = convert(chosen.form, chosen.source, chosen.target, chosen.classes)
+    values = [v for v in range(256) if v < len(done.classes) or done.pixels[v]]
+    names = [done.classes[v] if v < len(done.classes) else "ignored" for v in values]
+    rows = [[str(v), name, str(done.images[v]), str(done.pixels[v])] for v, name in zip(values, names, strict=True)]
+    lines = _table(["id", "class", "images", "pixels"], rows)
+    lines += [f"note: {note}" for note in done.notes]
+    counts = ", ".join(f"{count} {split}".strip() for split, count in done.splits.items())
+    lines += [f"{counts} images in {chosen.target}; look at them with", f"{PROG} check folder --root {chosen.target}"]
+    print(printable("\n".join(lines)))
+    return 0
+
+
 def _convert_sbd_command(arguments: list[str]) -> int:
     parser = cli.Parser(
         prog=f"{PROG} convert-sbd",
@@ -136,6 +167,7 @@ def _convert_sbd_command(arguments: list[str]) -> int:
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "check": _check_command,
     "list": _list_command,
+    "convert": _convert_command,
     "convert-sbd": _convert_sbd_command,
 }
 

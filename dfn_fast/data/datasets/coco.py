@@ -97,13 +97,13 @@ def _draw_label(image: dict[str, Any], path: Path) -> np.ndarray:
     label = np.zeros(image["size"], np.uint8)
     for class_id, crowd, _, segmentation in sorted(image["instances"], key=lambda x: (not x[1], -x[2])):
         try:
-            label[_decode(segmentation, *image["size"])] = IGNORE if crowd else class_id
+            label[decode(segmentation, *image["size"])] = IGNORE if crowd else class_id
         except Exception as error:  # pycocotools raises bare Exception, and anything for values that it cannot index
             raise DataError(f"{path}: image {image['file']}: a segmentation cannot be drawn ({error})") from error
     return label
 
 
-def _decode(segmentation: list | dict, height: int, width: int) -> np.ndarray:
+def decode(segmentation: list | dict, height: int, width: int) -> np.ndarray:
     """Polygons, or a run-length code whose counts are a list or a string, as a mask ``[H, W]``.
 
     Raises ``ValueError`` for values that pycocotools would not check; its memory grows with a polygon's length.
