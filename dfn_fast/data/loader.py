@@ -252,11 +252,11 @@ class _Silent(Exception):
 
 
 def sample_text(dataset: SegmentationDataset, number: int) -> str:
-    """The files of a sample, or its name if it has none."""
-    pairs = getattr(dataset, "pairs", None)
+    """The files of a sample, or its name if it has none. A user's own data set may have neither."""
+    pairs, names = getattr(dataset, "pairs", None), getattr(dataset, "names", None)
     if pairs:
         return f"{pairs[number].image} with {pairs[number].label}"
-    return f"sample {dataset.names()[number]!r} of split {dataset.split!r}"
+    return f"sample {repr(names()[number]) if names else number} of split {dataset.split!r}"
 
 
 class SampleKey(NamedTuple):

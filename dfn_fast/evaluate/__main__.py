@@ -50,14 +50,16 @@ def parser() -> cli.Parser:
         "--classes", metavar="FILE", help="file of class names of folder, list or coco data, one per line"
     )
     data.add_argument(
-        "--ignore-value", type=int, metavar="N", help="value in folder or list data's masks to ignore, besides 255"
+        "--ignore-value",
+        type=int,
+        metavar="N",
+        help="value in folder or list data's masks to ignore, besides 255 (default: as in training)",
     )
     data.add_argument(
         "--label-offset",
         type=int,
-        default=0,
         metavar="N",
-        help="number to add to the values in folder or list data's masks, as in training (default: 0)",
+        help="number to add to the values in folder or list data's masks (default: as in training)",
     )
     data.add_argument("--allow-outside-root", action="store_true", help="let lists name files outside --root")
     data.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the synthetic scenes (default: 0)")
@@ -158,14 +160,18 @@ def _dataset_from(arguments: argparse.Namespace, loaded: LoadedModel) -> Segment
         and arguments.classes is None
         and not (Path(arguments.root or "") / "classes.txt").is_file()
     )
+    ignore_value, label_offset = arguments.ignore_value, arguments.label_offset
+    if entry.free_classes:
+        ignore_value = loaded.ignore_value if ignore_value is None else ignore_value
+        label_offset = loaded.label_offset if label_offset is None else label_offset
     dataset = build_dataset(
         name,
         arguments.root,
         arguments.split or entry.val,
         num_classes=loaded.model.num_classes if borrowed else num_classes,
         classes=arguments.classes,
-        ignore_value=arguments.ignore_value,
-        label_offset=arguments.label_offset,
+        ignore_value=ignore_value,
+        label_offset=label_offset or 0,
         allow_outside_root=arguments.allow_outside_root,
         seed=arguments.seed,
     )

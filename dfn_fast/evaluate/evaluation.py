@@ -96,9 +96,10 @@ def evaluate(
 
 
 def _read(dataset: SegmentationDataset, index: int, seconds: float) -> Sample:
-    slow = DataError(
-        f"{sample_text(dataset, index)} was not read within {seconds:g} s; is a file damaged, or its file system gone?"
-    )
+    def slow() -> DataError:
+        what = sample_text(dataset, index)
+        return DataError(f"{what} was not read within {seconds:g} s; is a file damaged, or its file system gone?")
+
     return within(seconds, lambda: dataset[index], slow)
 
 

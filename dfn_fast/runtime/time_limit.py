@@ -10,8 +10,10 @@ from typing import TypeVar
 Result = TypeVar("Result")
 
 
-def within(seconds: float, call: Callable[[], Result], error: Exception) -> Result:
+def within(seconds: float, call: Callable[[], Result], error: Exception | Callable[[], Exception]) -> Result:
     """Returns what ``call()`` returns, or raises what it raises; raises ``error`` if it takes more than ``seconds``.
+
+    ``error`` may be a function that makes it, where that costs something.
 
     The call runs in a thread of its own, because a decoder written in C cannot be interrupted. After the limit that
     thread goes on in the background, and ends with the process. ``seconds`` 0 is no limit, and needs no thread.
@@ -33,4 +35,4 @@ def within(seconds: float, call: Callable[[], Result], error: Exception) -> Resu
         if raised is not None:
             raise raised
         return result  # type: ignore[return-value]
-    raise error
+    raise error if isinstance(error, Exception) else error()

@@ -20,6 +20,8 @@ def test_a_call_that_hangs_is_left_behind():
     begin = time.perf_counter()
     with pytest.raises(DataError, match="late"):
         within(0.05, gate.wait, DataError("late"))
+    with pytest.raises(DataError, match="late"):
+        within(0.05, gate.wait, lambda: DataError("late"))
     assert time.perf_counter() - begin < 5
     gate.set()
 

@@ -116,7 +116,7 @@ def test_batches_of_a_users_own_data_set(layout, scales):
     image, label = image_and_label(layout)
     batches = []
     for arrays in ((image, label), (plain(image), plain(label))):
-        samples = AugmentedSamples(OneImage(*arrays), TrainTransform((32, 32), scales, True, 3), 0, torch.zeros(0, 3))
+        samples = AugmentedSamples(OneImage(*arrays), TrainTransform((32, 32), scales, True, 3), 0, torch.zeros(1, 3))
         batches.append(collate([samples[SampleKey(0, 0)], samples[SampleKey(1, 0)]]))
     assert all(torch.equal(one, other) for one, other in zip(batches[0][:3], batches[1][:3], strict=True))
 
