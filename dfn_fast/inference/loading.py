@@ -32,6 +32,8 @@ class LoadedModel:
     dataset: str | None  # the one that it was trained on, if the file says
     mismatch: Mismatch  # empty unless strict=False
     border_width: int | None  # of the border targets that it was trained on, if the file says
+    ignore_value: int | None = None  # of the masks that it was trained on
+    label_offset: int = 0
 
 
 def load_model(
@@ -69,12 +71,12 @@ def load_model(
     model = build(FastDFN, config, random=not strict)
     mismatch = load_weights(model, state, strict=strict, where=str(path), remedy="")
     ready(model, device, channels_last)
-    dataset, border_width = _training(content, path) if ours else (None, None)
-    return LoadedModel(model, config, classes, palette, dataset, mismatch, border_width)
+    dataset, border_width, ignore_value, label_offset = _training(content, path) if ours else (None, None, None, 0)
+    return LoadedModel(model, config, classes, palette, dataset, mismatch, border_width, ignore_value, label_offset)
 
 
-def _training(content: Mapping[str, Any], path: str | Path) -> tuple[str | None, int | None]:
-    """The data set and the border width that our checkpoint was trained with, if it says."""
+def _training(content: Mapping[str, Any], path: str | Path) -> tuple[str | None, int | None, int | None, int]:
+    """The data set, border width, ignored value and offset that our checkpoint was trained with, if it says."""
     dataset, config = content.get("dataset"), content.get("config") or {}
     border_width = config.get("border_width") if isinstance(config, Mapping) else config
     if not isinstance(dataset, str | None) or type(border_width) not in (int, NoneType):  # True is an int
@@ -82,7 +84,13 @@ def _training(content: Mapping[str, Any], path: str | Path) -> tuple[str | None,
             f"{path}: expected a data set's name and a border width, got {brief(dataset)} and {brief(border_width)}; "
             "copy or save the checkpoint again"
         )
-    return dataset, border_width
+    numbers = (config.get("ignore_value"), config.get("label_offset", 0)) if isinstance(config, Mapping) else (None, 0)
+    if type(numbers[0]) not in (int, NoneType) or type(numbers[1]) is not int:
+        raise CheckpointError(
+            f"{path}: expected the numbers of ignore_value and label_offset, got {brief(numbers)}; "
+            "copy or save the checkpoint again"
+        )
+    return dataset, border_width, *numbers
 
 
 def _class_table(content: Mapping[str, Any], num_classes: int, path: str | Path) -> tuple[tuple[str, ...], np.ndarray]:
