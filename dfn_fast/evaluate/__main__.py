@@ -8,6 +8,7 @@ from dfn_fast import cli
 from dfn_fast.config import LARGEST
 from dfn_fast.data.base import IGNORE, SegmentationDataset
 from dfn_fast.data.border import check_width
+from dfn_fast.data.datasets.classes import TABLES
 from dfn_fast.data.registry import DATASETS, build_dataset
 from dfn_fast.errors import CheckpointError, ConfigError
 from dfn_fast.evaluate.evaluation import BORDER_WIDTH, evaluate
@@ -154,12 +155,10 @@ def _dataset_from(arguments: argparse.Namespace, loaded: LoadedModel) -> Segment
     if name not in DATASETS:
         raise ConfigError(f"--data is missing, and {arguments.checkpoint} does not name the data set it was trained on")
     entry, num_classes = DATASETS[name], arguments.num_classes
-    borrowed = (
-        entry.free_classes
-        and num_classes is None
-        and arguments.classes is None
-        and not (Path(arguments.root or "") / "classes.txt").is_file()
-    )
+    root = Path(arguments.root or "")
+    tables = (path for table in TABLES for path in (root / table, *root.glob(f"*/{table}")))
+    given = num_classes is not None or arguments.classes is not None or any(path.is_file() for path in tables)
+    borrowed = entry.free_classes and not given
     ignore_value, label_offset = arguments.ignore_value, arguments.label_offset
     if entry.free_classes:
         ignore_value = loaded.ignore_value if ignore_value is None else ignore_value

@@ -199,8 +199,12 @@ def test_how_the_data_was_read_is_noted(checkpoint, root, capsys, monkeypatch):
     assert "note: a.txt was passed over" in capsys.readouterr().err
 
 
-def test_other_class_names_are_noted(checkpoint, root, capsys):
-    (root / "classes.txt").write_text("ground\nother\nthing")
+@pytest.mark.parametrize("table", ["classes.txt", "labelmap.txt", "val/_classes.csv"])
+def test_other_class_names_are_noted(checkpoint, root, capsys, table):
+    (root / "classes.txt").unlink()
+    header = "Pixel Value, Class\n" * table.endswith("csv")
+    rows = [f"{i}, {name}" if header else name for i, name in enumerate(("ground", "other", "thing"))]
+    (root / table).write_text(header + "\n".join(rows))
     assert main([str(checkpoint), "--root", str(root), "--limit", "1", "--device", "cpu"]) == 0
     assert "class 1 is 'other' in the data set and 'thing' in the checkpoint" in capsys.readouterr().err
 
