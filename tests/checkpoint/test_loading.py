@@ -317,6 +317,8 @@ def test_tensors_that_are_not_numbers_in_the_file_are_refused(tmp_path, tensor):
         {"config": [1]},
         {"config": {"border_width": "wide"}},
         {"config": {"border_width": True}},
+        {"config": {"ignore_value": True}},
+        {"config": {"label_offset": "-1"}},
         {"format": torch.zeros(3)},
         {"model_config": None},
         {"model_config": 3},
