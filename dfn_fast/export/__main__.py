@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 
 from dfn_fast import cli
-from dfn_fast.errors import ConfigError
+from dfn_fast.errors import ConfigError, brief
 from dfn_fast.export.check import compare, random_images
 from dfn_fast.export.formats import (
     EXTRA_FILE,
@@ -24,6 +24,7 @@ from dfn_fast.inference.loading import LoadedModel, load_model
 from dfn_fast.network.backbone import MIN_SIZE
 from dfn_fast.runtime.device import choose_device
 
+MAX_PIXELS, MAX_BATCH = 1 << 25, 1 << 10  # of an image, and images: the network runs once to be traced
 ONNX_BYTES = 2**31 - 2**20  # limit of a protobuf message, less a reserve for all but weights
 
 EPILOG = f"""\
@@ -114,8 +115,10 @@ def _check_arguments(arguments: argparse.Namespace, file_format: str) -> None:
         height, width = arguments.size
         dynamic = " with --dynamic" if arguments.dynamic else ""
         raise ConfigError(f"--size {height}x{width}: expected at least {smallest} in each direction{dynamic}")
-    if arguments.batch < 1:
-        raise ConfigError(f"--batch {arguments.batch}: expected at least 1 image")
+    if arguments.size[0] * arguments.size[1] > MAX_PIXELS:
+        raise ConfigError(f"--size {arguments.size[0]}x{arguments.size[1]}: expected at most {MAX_PIXELS} pixels")
+    if not 1 <= arguments.batch <= MAX_BATCH:
+        raise ConfigError(f"--batch {brief(arguments.batch)}: expected at least 1 image and at most {MAX_BATCH}")
     if arguments.opset is not None:
         if file_format != "onnx":
             raise ConfigError(f"--opset belongs to --format onnx; leave it out with {file_format}")

@@ -5,10 +5,11 @@ import os
 from pathlib import Path
 
 from dfn_fast import cli
-from dfn_fast.errors import ConfigError
+from dfn_fast.errors import ConfigError, brief
 from dfn_fast.files import clear_leftovers
 from dfn_fast.inference.loading import LoadedModel, load_model
 from dfn_fast.inference.options import add_inference_options, predictor_from
+from dfn_fast.inference.settings import MAX_BATCH
 from dfn_fast.media.images import write_image
 from dfn_fast.media.overlays import legend
 from dfn_fast.predict.jobs import described, jobs_for, require_writable
@@ -17,6 +18,7 @@ from dfn_fast.runtime.device import choose_device
 
 FORMATS = ("plain", "voc", "cityscapes")
 FILE_SECONDS, MOST_FILE_SECONDS = 60, 24 * 3600
+MAX_FRAMES = 10**9
 SERVER_CLASSES = {"voc": 21, "cityscapes": 19}
 
 EPILOG = """\
@@ -116,10 +118,10 @@ def _check_options(arguments: argparse.Namespace) -> None:
     if arguments.border and arguments.format != "plain":
         raise ConfigError(f"--border: the server takes no borders; leave it out, or --format {arguments.format}")
     cli.require_range("--file-timeout", arguments.file_timeout, 0, MOST_FILE_SECONDS)
-    for name in ("batch_size", "limit"):
+    for name, most in (("batch_size", MAX_BATCH), ("limit", MAX_FRAMES)):
         value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{cli.dashed(name)} {value}: expected 1 or more")
+        if value is not None and not 1 <= value <= most:
+            raise ConfigError(f"--{cli.dashed(name)} {brief(value)}: expected 1 or more, and at most {most}")
 
 
 def check_model(loaded: LoadedModel, arguments: argparse.Namespace) -> None:

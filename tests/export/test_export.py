@@ -266,6 +266,8 @@ def test_a_full_disk_is_named_and_leaves_the_old_file(tiny, here, monkeypatch, n
             "--size 32x32: expected at least 33 in each direction with --dynamic",
         ),
         (["dfn.pt2", "--batch", "0"], "--batch 0: expected at least 1"),
+        (["dfn.pt2", "--batch", "9" * 40], "--batch 9.*: expected at least 1 image and at most 1024"),
+        (["dfn.pt2", "--size", "1000000"], "--size 1000000x1000000: expected at most 33554432 pixels"),
         (["dfn.pt2", "--opset", "18"], "--opset belongs to --format onnx"),
         (["dfn.onnx", "--opset", "17"], "--opset 17: expected 18 to 23"),
         (["missing/dfn.pt2", "--size", "64"], r"missing/dfn\.pt2 cannot be written .*choose a folder that exists"),

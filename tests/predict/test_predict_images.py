@@ -247,6 +247,8 @@ def test_cityscapes_format_wants_names_of_frames(bare):
         (["--window", "8"], "window"),
         (["--batch-size", "0"], "--batch-size 0: expected 1 or more"),
         (["--limit", "0"], "--limit 0: expected 1 or more"),
+        (["--batch-size", "65537"], "--batch-size 65537: .* at most 65536"),
+        (["--limit", "9" * 30], "--limit 9.*: .* at most 1000000000"),
     ],
 )
 def test_wrong_options_are_user_errors(checkpoint, options, message):
