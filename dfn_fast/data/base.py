@@ -117,7 +117,7 @@ class SegmentationDataset:
 
 def values_beyond(label: np.ndarray, count: int) -> list[int]:
     """The values in a label that are neither below ``count`` nor 255."""
-    if label.max(initial=0) < count:  # fifty times as quick as to count, and enough for a label without void
+    if label.max(initial=0) < count:  # much quicker than to count, and enough for a label without void
         return []
     used = np.flatnonzero(np.bincount(label.ravel(), minlength=256))
     return [int(v) for v in used if v >= count and v != IGNORE]

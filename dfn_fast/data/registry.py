@@ -148,9 +148,10 @@ def build_dataset(
     """A split of the data set ``name``, or several joined by ``+`` as in ``"train+train_extra"``.
 
     ``num_classes`` and ``classes`` (a file) give the classes of ``folder`` and ``list``, and ``classes`` those of
-    ``coco``, if they are not VOC's. In the masks of a folder or list,
-    ``ignore_value`` means what 255 does, and ``label_offset`` is added to other values. ``seed`` is for ``synthetic``.
-    ``allow_outside_root`` lets a list of image files name files that are not below ``root``.
+    ``coco``, if they are not VOC's. In the masks of a folder or list, ``ignore_value`` means what 255 does, and
+    ``label_offset`` is added to other values. ``seed`` is for ``synthetic``. ``allow_outside_root`` lets a list of
+    image files name files that are not below ``root``.
+
     Raises :class:`ConfigError` for an unknown name or split or a missing root, and :class:`DataError` for a root that
     is not laid out as ``DATASETS[name].tree`` shows.
     """

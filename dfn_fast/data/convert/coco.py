@@ -9,8 +9,7 @@ import numpy as np
 
 from dfn_fast.data.base import IGNORE
 from dfn_fast.data.convert import shapes
-from dfn_fast.data.convert.labelme import BROKEN
-from dfn_fast.data.convert.shapes import Annotations, ClassIds, Picture, Problems
+from dfn_fast.data.convert.shapes import BROKEN, Annotations, ClassIds, Picture, Problems
 from dfn_fast.data.datasets.classes import ClassTable
 from dfn_fast.data.datasets.coco import decode
 from dfn_fast.data.datasets.layout import split_name

@@ -7,8 +7,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from dfn_fast.data.convert import shapes
-from dfn_fast.data.convert.labelme import BROKEN
-from dfn_fast.data.convert.shapes import Annotations, ClassIds, Picture, Problems
+from dfn_fast.data.convert.shapes import BROKEN, Annotations, ClassIds, Picture, Problems
 from dfn_fast.data.datasets.classes import ClassTable
 from dfn_fast.data.datasets.layout import split_name
 from dfn_fast.data.datasets.pairing import below, spellings

@@ -6,13 +6,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dfn_fast.data.convert import shapes
-from dfn_fast.data.convert.shapes import Annotations, ClassIds, Picture, Problems
+from dfn_fast.data.convert.shapes import BROKEN, Annotations, ClassIds, Picture, Problems
 from dfn_fast.data.datasets.classes import ClassTable
 from dfn_fast.data.datasets.pairing import below, spellings
 from dfn_fast.errors import DataError, brief
 from dfn_fast.files import MAX_TEXT, require_regular
-
-BROKEN = (ValueError, KeyError, TypeError, AttributeError, IndexError, OSError, RecursionError, DataError)
 
 
 def read(source: Path, table: ClassTable | None) -> Annotations:

@@ -23,6 +23,8 @@ BACKGROUND = "background"
 SPLITS = ("train", "val", "test")
 MAX_CORNER = 1 << 15  # pixels from the image's corner: cv2 counts in 16 bits with 16 more behind the point
 CIRCLE = 64  # corners of a circle or an ellipse
+# What reading a part of a file raises if the part is not as expected; the file and the part are then named.
+BROKEN = (ValueError, KeyError, TypeError, AttributeError, IndexError, OSError, RecursionError, DataError)
 
 Region = np.ndarray  # corners [N, 2] float64 as x, y; or a mask [H, W] bool
 

@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 
 from dfn_fast.data.convert import shapes
-from dfn_fast.data.convert.labelme import BROKEN
-from dfn_fast.data.convert.shapes import Annotations, ClassIds, Picture, Problems
+from dfn_fast.data.convert.shapes import BROKEN, Annotations, ClassIds, Picture, Problems
 from dfn_fast.data.datasets.classes import TABLES, ClassTable, class_table
 from dfn_fast.errors import ConfigError, DataError, brief, listed
 from dfn_fast.files import MAX_TEXT, require_regular
